@@ -1,0 +1,1 @@
+"""Steering inside vLLM: what is patched, and what runs in its processes."""

@@ -1,0 +1,150 @@
+"""From flags to vLLM's configuration: what is steered is settled before any process starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from steering_planes import Plane
+from steering_server.engine.settings import SECTION, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
+    """vLLM's engine flags, and ours in a group of their own."""
+    parser = original(parser, *args, **kwargs)
+    group = parser.add_argument_group("steering", "Rotating activations, by an angle per request.")
+    group.add_argument(
+        "--steering-plane",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="A plane that requests may name: a folder with steering_config.json and "
+        "steering_plane.safetensors. The name defaults to the plane's own. May be repeated.",
+    )
+    group.add_argument(
+        "--steering-max-planes",
+        type=int,
+        metavar="N",
+        help="How many planes one request may combine (default: 1).",
+    )
+    group.add_argument(
+        "--steering-allow-model-mismatch",
+        action="store_true",
+        help="Accept a plane that was calibrated on another model of the same shape.",
+    )
+    return parser
+
+
+def from_cli_args(
+    original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace
+) -> EngineArgs:
+    """vLLM's engine arguments, with our flags folded into ``additional_config``.
+
+    Raises:
+        SettingsError: a flag that does not parse, or steering given in two places.
+    """
+    engine_args = original(cls, args)
+    section: dict[str, Any] = {}
+    if planes := getattr(args, "steering_plane", None):
+        section["planes"] = _named(planes)
+    if (max_planes := getattr(args, "steering_max_planes", None)) is not None:
+        section["max_planes"] = max_planes
+    if getattr(args, "steering_allow_model_mismatch", False):
+        section["allow_model_mismatch"] = True
+    if not section:
+        return engine_args
+    if SECTION in (engine_args.additional_config or {}):
+        raise SettingsError(
+            f"give --steering-* flags or additional_config.{SECTION}, not both: flags set "
+            f"{', '.join(section)}"
+        )
+    engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: section}
+    return engine_args
+
+
+def _named(flags: list[str]) -> dict[str, str]:
+    planes: dict[str, str] = {}
+    for flag in flags:
+        name, equals, path = flag.partition("=")
+        if not equals:
+            name, path = "", flag
+        if not path:
+            raise SettingsError(f"--steering-plane {flag!r}: must be NAME=PATH or PATH")
+        name = name or Plane.load_config(path).name
+        if name in planes:
+            raise SettingsError(f"--steering-plane {flag!r}: the name {name!r} is already taken")
+        planes[name] = path
+    return planes
+
+
+def create_engine_config(
+    original: Callable[..., VllmConfig], engine_args: EngineArgs, *args: Any, **kwargs: Any
+) -> VllmConfig:
+    """vLLM's configuration, with the steering in it checked against the model and resolved.
+
+    Raises:
+        PlaneError: a plane that is missing, broken or made for another model.
+        SettingsError: settings that do not parse, or a feature that steering cannot work under.
+    """
+    vllm_config = original(engine_args, *args, **kwargs)
+    settings = Settings.of(vllm_config)
+    if not settings.planes:
+        return vllm_config
+    refuse_unsupported(vllm_config)
+    planes = settings.load_planes()
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    for plane in planes.values():
+        plane.check_model(
+            hidden_size=model.get_hidden_size(),
+            num_layers=text.num_hidden_layers,
+            model_type=text.model_type,
+            name_or_path=model.model,
+            allow_mismatch=settings.allow_model_mismatch,
+        )
+    resolved = settings.resolved(planes).model_dump(mode="json")
+    vllm_config.additional_config = {**vllm_config.additional_config, SECTION: resolved}
+    return vllm_config
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Stop under what would reorder or split a step's tokens, or bypass admission.
+
+    Raises:
+        SettingsError: naming every such setting.
+    """
+    import vllm.envs as envs
+
+    parallel = vllm_config.parallel_config
+    problems = [
+        f"{name} ({why})"
+        for name, why, on in (
+            (
+                "VLLM_USE_RUST_FRONTEND=1",
+                "it replaces the API server that admits steering",
+                envs.VLLM_USE_RUST_FRONTEND,
+            ),
+            (
+                "--enable-dbo",
+                "microbatching runs a step's tokens in parts",
+                parallel.use_ubatching,
+            ),
+            (
+                "--prefill-context-parallel-size",
+                "it deals a prompt's tokens out to several workers",
+                parallel.prefill_context_parallel_size > 1,
+            ),
+            (
+                "pass_config.enable_sp",
+                "sequence parallelism deals a step's tokens out to several workers",
+                vllm_config.compilation_config.pass_config.enable_sp,
+            ),
+        )
+        if on
+    ]
+    if problems:
+        raise SettingsError(f"steering cannot work with {'; '.join(problems)}")

@@ -1,0 +1,185 @@
+"""THE ledger: every place of vLLM that steering touches, why, and when it can go."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class PatchError(RuntimeError):
+    """vLLM is not as the ledger says; steering on it could be silently wrong."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One function of vLLM, wrapped.
+
+    Attributes:
+        target: ``module:function`` or ``module:Class.function``.
+        wrapper: ``module:function``; called with the original before the arguments.
+        parameters: the parameters that the wrapper relies on, in the original's order.
+        why: what is needed there that no extension point gives.
+        until: what would make it unnecessary.
+    """
+
+    target: str
+    wrapper: str
+    parameters: tuple[str, ...]
+    why: str
+    until: str
+
+
+@dataclass(frozen=True)
+class Override:
+    """A method of vLLM that an object of ours overrides (see :mod:`.retype`), by its contract."""
+
+    target: str
+    mixin: str
+    parameters: tuple[str, ...]
+    why: str
+
+
+PATCHES = (
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        wrapper="steering_server.engine.configuration:add_cli_args",
+        parameters=("parser",),
+        why="--steering-* flags, under `vllm serve` as under `steering serve`",
+        until="plugins can register flags",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        wrapper="steering_server.engine.configuration:from_cli_args",
+        parameters=("args",),
+        why="the flags' values, into additional_config",
+        until="plugins can register flags",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        wrapper="steering_server.engine.configuration:create_engine_config",
+        parameters=("self",),
+        why="planes are checked against the model once, before any process starts, and their sites "
+        "enter the compile cache's key",
+        until="plugins can check and extend VllmConfig",
+    ),
+    Patch(
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        wrapper="steering_server.engine.requests:process_inputs",
+        parameters=("self", "request_id", "prompt", "params", "resumable"),
+        why="admission on every route and in the offline LLM class",
+        until="plugins can validate SamplingParams.extra_args",
+    ),
+    Patch(
+        target="vllm.v1.engine.async_llm:AsyncLLM.generate",
+        wrapper="steering_server.engine.requests:generate",
+        parameters=("self", "prompt", "sampling_params"),
+        why="steered requests and tokens are counted, with their outcome, on every route",
+        until="stat loggers see a finished request's SamplingParams",
+    ),
+    Patch(
+        target="vllm.v1.core.kv_cache_utils:_gen_prompt_embeds_extra_hash_keys",
+        wrapper="steering_server.engine.prefix_key:with_steering",
+        parameters=("request", "start_token_idx", "end_token_idx"),
+        why="the hash of a KV block covers its steering; this is the one part of the hash that "
+        "is asked block by block, by every caller",
+        until="requests can bring extra hash keys",
+    ),
+    Patch(
+        target="vllm.v1.worker.gpu_worker:Worker.load_model",
+        wrapper="steering_server.engine.runner:load_model",
+        parameters=("self",),
+        why="norms and runner are wired after the weights are loaded, before anything is traced",
+        until="plugins are called when a model is loaded",
+    ),
+)
+
+OVERRIDES = (
+    Override(
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
+        mixin="steering_server.engine.runner:SteeredRunnerV1._prepare_inputs",
+        parameters=("self", "scheduler_output", "num_scheduled_tokens"),
+        why="V1: the rows of a step, from the batch that runs",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu.model_states.interface:ModelState.add_request",
+        mixin="steering_server.engine.runner:SteeredModelState.add_request",
+        parameters=("self", "req_index", "new_req_data"),
+        why="V2: sees each request's SamplingParams",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs",
+        mixin="steering_server.engine.runner:SteeredModelState.prepare_inputs",
+        parameters=("self", "input_batch", "req_states"),
+        why="V2: the rows of a step, also before a full CUDA graph is replayed",
+    ),
+)
+
+
+def apply() -> None:
+    """Apply the ledger to this process's vLLM. Applied already, it stays as it is.
+
+    Raises:
+        PatchError: a target that is missing, has lost a parameter, or is wrapped by other hands.
+    """
+    for entry in (*PATCHES, *OVERRIDES):
+        check(entry)
+    for patch in PATCHES:
+        _wrap(patch)
+
+
+def check(entry: Patch | Override) -> None:
+    """Compare an entry with the installed vLLM.
+
+    Raises:
+        PatchError: naming the target and what is missing.
+    """
+    _, _, function = _resolve(entry.target)
+    names = list(inspect.signature(_plain(function)).parameters)
+    absent = [name for name in entry.parameters if name not in names]
+    if absent:
+        raise PatchError(f"{entry.target}{inspect.signature(_plain(function))} lacks {absent}")
+
+
+def _resolve(path: str) -> tuple[Any, str, Any]:
+    """``module:a.b`` -> (owner, attribute name, raw attribute, descriptors unopened)."""
+    module, _, qualname = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, name = qualname.split(".")
+    for part in outer:
+        owner = getattr(owner, part, None)
+    if owner is None or name not in vars(owner):
+        raise PatchError(f"{path} does not exist in this vLLM")
+    return owner, name, vars(owner)[name]
+
+
+def _plain(attribute: Any) -> Callable[..., Any]:
+    is_wrapped = isinstance(attribute, staticmethod | classmethod)
+    function: Callable[..., Any] = attribute.__func__ if is_wrapped else attribute
+    return function
+
+
+def _wrap(patch: Patch) -> None:
+    owner, name, attribute = _resolve(patch.target)
+    original = _plain(attribute)
+    if (by := getattr(original, "_steering_patch", None)) is not None:
+        if by != patch:
+            raise PatchError(f"{patch.target} is already patched for: {by.why}")
+        return
+    _, _, wrapper = _resolve(patch.wrapper)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._steering_patch = patch  # type: ignore[attr-defined]
+    kind = type(attribute) if isinstance(attribute, staticmethod | classmethod) else None
+    setattr(owner, name, kind(wrapped) if kind else wrapped)
+    logger.debug("Patched %s: %s", patch.target, patch.why)

@@ -1,0 +1,131 @@
+"""Steering in a worker: wired to the model and the model runner once the weights are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.logger import init_logger
+
+from steering_planes import find_sites
+from steering_server.engine.bank import Bank
+from steering_server.engine.retype import retype
+from steering_server.engine.rows import Rows
+from steering_server.engine.settings import Settings, SettingsError
+from steering_server.engine.sites import steer
+from steering_server.rotation import admitted
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SteeredRunnerV1:
+    """Mixed into a V1 model runner. Places are the indices of its persistent batch."""
+
+    steering: Rows
+    _steering_order: list[str]
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
+    ) -> Any:
+        # Called after _update_states, with the batch of this very step: a request's first step
+        # is in it, and vLLM has waited for the last step's host buffers.
+        batch = self.input_batch  # type: ignore[attr-defined]
+        order = batch.req_ids
+        # A known id comes back among the new requests when a streaming input replaces its prompt.
+        if scheduler_output.scheduled_new_reqs or order != self._steering_order:
+            for place, req_id in enumerate(order):
+                request = self.requests[req_id]  # type: ignore[attr-defined]
+                params = request.sampling_params
+                rotations = admitted(params.extra_args) if params is not None else ()
+                self.steering.put(place, rotations, request.num_prompt_tokens)
+            self._steering_order = list(order)
+        n = len(order)
+        self.steering.write(np.arange(n), num_scheduled_tokens, batch.num_computed_tokens_cpu[:n])
+        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+
+
+class SteeredModelState:
+    """Mixed into a V2 model state. Places are the runner's request state indices."""
+
+    steering: Rows
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Note the steering of a new or resumed request."""
+        params = new_req_data.sampling_params
+        rotations = admitted(params.extra_args) if params is not None else ()
+        self.steering.put(req_index, rotations, new_req_data.prompt_len)
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Write the rows of a real step; dummy batches run with what is there."""
+        if input_batch.req_ids[0] in req_states.req_id_to_index:
+            scheduled = input_batch.num_scheduled_tokens
+            if input_batch.num_tokens != int(scheduled.sum()):
+                raise RuntimeError(
+                    f"{input_batch.num_tokens} tokens in a batch that schedules {scheduled.sum()}: "
+                    "steering cannot tell which request each belongs to"
+                )
+            self.steering.write(
+                input_batch.idx_mapping_np, scheduled, input_batch.num_computed_tokens_np
+            )
+        result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
+        return result
+
+
+def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
+    """A worker's ``load_model``, and then the wiring, before anything is traced or captured.
+
+    Raises:
+        SettingsError: the model lacks a site that a plane selects.
+    """
+    original(worker, *args, **kwargs)
+    settings = Settings.of(worker.vllm_config)
+    if not settings.planes:
+        return
+    runner = worker.model_runner
+    model_config = worker.vllm_config.model_config
+    num_layers = model_config.hf_text_config.num_hidden_layers
+    norms = find_sites(runner.get_model(), num_layers)
+    here = [site for site in settings.parsed_sites() if site in norms]
+    # A pipeline stage has only its own layers; of those it must have every site asked for.
+    staged = worker.vllm_config.parallel_config.pipeline_parallel_size > 1
+    layers = {site.layer for site in norms}
+    missing = [
+        str(site)
+        for site in settings.parsed_sites()
+        if site not in norms and not (staged and site.layer not in layers)
+    ]
+    if missing:
+        raise SettingsError(
+            f"{type(runner.get_model()).__name__} has no site {', '.join(missing)}; "
+            f"its sites have the roles {', '.join(sorted({site.role for site in norms}))}"
+        )
+    bank = Bank(settings.load_planes().values(), here, worker.device)
+    scheduler = worker.vllm_config.scheduler_config
+    rows = Rows(
+        max_requests=scheduler.max_num_seqs,
+        max_tokens=runner.max_num_tokens,
+        max_planes=settings.max_planes,
+        bank=bank,
+        device=worker.device,
+    )
+    for site in here:
+        steer(norms[site], bank.bases[site], rows.tokens)
+    if worker.use_v2_model_runner:
+        retype(runner.model_state, SteeredModelState)
+        runner.model_state.steering = rows
+    else:
+        retype(runner, SteeredRunnerV1)
+        runner.steering = rows
+        runner._steering_order = []
+    logger.info(
+        "Steering %d site(s) with plane(s) %s: %s",
+        len(here),
+        ", ".join(settings.planes),
+        " ".join(map(str, here)),
+    )

@@ -1,0 +1,43 @@
+"""The selected norms of a loaded model, made to rotate what they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from steering_kernels import rotate
+from steering_server.engine.retype import retype
+
+
+class SteeredNorm:
+    """Mixed into the class of a norm: its output, rotated row by row.
+
+    The norm keeps its place, its parameters' names and its type in the module tree, so weight
+    reloading, LoRA and sleep mode see what they know.
+    """
+
+    steering_bank: Tensor
+    steering_rows: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the norm's own; of a pair (normed, residual) only the first is steered."""
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        normed = out[0] if isinstance(out, tuple) else out
+        rows = self.steering_rows[: normed.shape[0]]
+        rotated = rotate(normed, self.steering_bank, rows)
+        return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
+
+
+def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
+    """Turn ``norm`` into a steered one, in place.
+
+    Args:
+        norm: a module returning [T, d], or a tuple that begins with it.
+        bank: [slots, 2, d] float32.
+        rows: [max tokens, planes, 5] float32, shared by all sites.
+    """
+    # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
+    norm.register_buffer("steering_bank", bank, persistent=False)
+    norm.register_buffer("steering_rows", rows, persistent=False)
+    retype(norm, SteeredNorm)
