@@ -7,6 +7,9 @@ from torch import Tensor
 
 from steering_kernels.rows import COS, GATE, MODE, SIN, SLOT, Mode
 
+# Plain numbers: the compiler cannot compare a tensor with an enumeration's member.
+_OFF, _ROTATE_TO = float(Mode.OFF), float(Mode.ROTATE_TO)
+
 
 def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Rotate each token's activation in its planes, one plane after the other.
@@ -36,11 +39,11 @@ def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         cos, sin, gate = (row[:, i : i + 1] for i in (COS, SIN, GATE))
         squared = c1 * c1 + c2 * c2
         r = squared.sqrt()
-        to = row[:, MODE : MODE + 1] == Mode.ROTATE_TO
+        to = row[:, MODE : MODE + 1] == _ROTATE_TO
         new1 = torch.where(to, r * cos, cos * c1 - sin * c2)
         new2 = torch.where(to, r * sin, sin * c1 + cos * c2)
         # A zero vector has no direction to rotate; it is also what an empty slot gives.
-        acts = (row[:, MODE : MODE + 1] != Mode.OFF) & (c1 > gate) & (squared > 0)
+        acts = (row[:, MODE : MODE + 1] != _OFF) & (c1 > gate) & (squared > 0)
         x = torch.where(acts, x + (new1 - c1) * b1 + (new2 - c2) * b2, x)
         acted = acted | acts
     return torch.where(acted, x.to(h.dtype), h)

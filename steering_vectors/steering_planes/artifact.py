@@ -125,7 +125,7 @@ class Plane:
 
     def __post_init__(self) -> None:
         _check_bases(self.config, self.bases)
-        bases = {site: self.bases[site].detach().cpu().contiguous() for site in self.config.sites}
+        bases = {site: self.bases[site].detach().cpu().clone() for site in self.config.sites}
         object.__setattr__(self, "bases", MappingProxyType(bases))
 
     @property
@@ -194,9 +194,15 @@ class Plane:
             )
             if readme is not None:
                 (new / "README.md").write_text(readme, "utf-8")
-            if path.exists():
-                path.rename(Path(temporary) / "old")
-            new.rename(path)
+            old = Path(temporary) / "old"
+            if overwrite and path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
 
     def check_model(
         self,

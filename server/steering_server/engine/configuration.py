@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steering_planes import Plane
@@ -74,7 +75,7 @@ def _named(flags: list[str]) -> dict[str, str]:
             name, path = "", flag
         if not path:
             raise SettingsError(f"--steering-plane {flag!r}: must be NAME=PATH or PATH")
-        name = name or Plane.load_config(path).name
+        name = name or Plane.load(Path(path)).name
         if name in planes:
             raise SettingsError(f"--steering-plane {flag!r}: the name {name!r} is already taken")
         planes[name] = path
@@ -137,11 +138,6 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 "--prefill-context-parallel-size",
                 "it deals a prompt's tokens out to several workers",
                 parallel.prefill_context_parallel_size > 1,
-            ),
-            (
-                "pass_config.enable_sp",
-                "sequence parallelism deals a step's tokens out to several workers",
-                vllm_config.compilation_config.pass_config.enable_sp,
             ),
         )
         if on

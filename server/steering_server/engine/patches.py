@@ -42,7 +42,7 @@ class Override:
     """A method of vLLM that an object of ours overrides (see :mod:`.retype`), by its contract."""
 
     target: str
-    mixin: str
+    by: str
     parameters: tuple[str, ...]
     why: str
 
@@ -104,19 +104,19 @@ PATCHES = (
 OVERRIDES = (
     Override(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
-        mixin="steering_server.engine.runner:SteeredRunnerV1._prepare_inputs",
+        by="steering_server.engine.runner:steered_runner_v1",
         parameters=("self", "scheduler_output", "num_scheduled_tokens"),
         why="V1: the rows of a step, from the batch that runs",
     ),
     Override(
         target="vllm.v1.worker.gpu.model_states.interface:ModelState.add_request",
-        mixin="steering_server.engine.runner:SteeredModelState.add_request",
+        by="steering_server.engine.runner:steered_model_state",
         parameters=("self", "req_index", "new_req_data"),
         why="V2: sees each request's SamplingParams",
     ),
     Override(
         target="vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs",
-        mixin="steering_server.engine.runner:SteeredModelState.prepare_inputs",
+        by="steering_server.engine.runner:steered_model_state",
         parameters=("self", "input_batch", "req_states"),
         why="V2: the rows of a step, also before a full CUDA graph is replayed",
     ),

@@ -15,66 +15,75 @@ from steering_server.engine.retype import retype
 from steering_server.engine.rows import Rows
 from steering_server.engine.settings import Settings, SettingsError
 from steering_server.engine.sites import steer
-from steering_server.rotation import admitted
+from steering_server.rotation import Rotation, admitted
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.states import RequestState
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-class SteeredRunnerV1:
-    """Mixed into a V1 model runner. Places are the indices of its persistent batch."""
+def steered_runner_v1(runner_class: Any) -> type:
+    """A V1 model runner that writes its steps' rows. Places are indices of its batch."""
 
-    steering: Rows
-    _steering_order: list[str]
+    class SteeredRunner(runner_class):  # type: ignore[misc]
+        steering: Rows
+        _steering_order: list[str]
 
-    def _prepare_inputs(
-        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
-    ) -> Any:
-        # Called after _update_states, with the batch of this very step: a request's first step
-        # is in it, and vLLM has waited for the last step's host buffers.
-        batch = self.input_batch  # type: ignore[attr-defined]
-        order = batch.req_ids
-        # A known id comes back among the new requests when a streaming input replaces its prompt.
-        if scheduler_output.scheduled_new_reqs or order != self._steering_order:
-            for place, req_id in enumerate(order):
-                request = self.requests[req_id]  # type: ignore[attr-defined]
-                params = request.sampling_params
-                rotations = admitted(params.extra_args) if params is not None else ()
-                self.steering.put(place, rotations, request.num_prompt_tokens)
-            self._steering_order = list(order)
-        n = len(order)
-        self.steering.write(np.arange(n), num_scheduled_tokens, batch.num_computed_tokens_cpu[:n])
-        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        def _prepare_inputs(
+            self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
+        ) -> Any:
+            # Called after _update_states, with the batch of this very step: a request's first
+            # step is in it, and vLLM has waited for the last step's host buffers.
+            order = self.input_batch.req_ids
+            # A known id is among the new requests when a streaming input replaces its prompt.
+            if scheduler_output.scheduled_new_reqs or order != self._steering_order:
+                for place, req_id in enumerate(order):
+                    request = self.requests[req_id]
+                    rotations = _rotations(request.sampling_params)
+                    self.steering.put(place, rotations, request.num_prompt_tokens)
+                self._steering_order = list(order)
+            n = len(order)
+            computed = self.input_batch.num_computed_tokens_cpu[:n]
+            self.steering.write(np.arange(n), num_scheduled_tokens, computed)
+            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+
+    return SteeredRunner
 
 
-class SteeredModelState:
-    """Mixed into a V2 model state. Places are the runner's request state indices."""
+def steered_model_state(state_class: Any) -> type:
+    """A V2 model state that writes its steps' rows. Places are the runner's request indices."""
 
-    steering: Rows
+    class SteeredModelState(state_class):  # type: ignore[misc]
+        steering: Rows
 
-    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Note the steering of a new or resumed request."""
-        params = new_req_data.sampling_params
-        rotations = admitted(params.extra_args) if params is not None else ()
-        self.steering.put(req_index, rotations, new_req_data.prompt_len)
-        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+            rotations = _rotations(new_req_data.sampling_params)
+            self.steering.put(req_index, rotations, new_req_data.prompt_len)
+            super().add_request(req_index, new_req_data)
 
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Write the rows of a real step; dummy batches run with what is there."""
-        if input_batch.req_ids[0] in req_states.req_id_to_index:
-            scheduled = input_batch.num_scheduled_tokens
-            if input_batch.num_tokens != int(scheduled.sum()):
-                raise RuntimeError(
-                    f"{input_batch.num_tokens} tokens in a batch that schedules {scheduled.sum()}: "
-                    "steering cannot tell which request each belongs to"
+        def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> Any:
+            # Dummy batches (warm-up, idle data-parallel ranks) run with the rows that are there.
+            if input_batch.req_ids[0] in req_states.req_id_to_index:
+                scheduled = input_batch.num_scheduled_tokens
+                if input_batch.num_tokens != int(scheduled.sum()):
+                    raise RuntimeError(
+                        f"{input_batch.num_tokens} tokens in a batch that schedules "
+                        f"{scheduled.sum()}: whose each one is cannot be told"
+                    )
+                self.steering.write(
+                    input_batch.idx_mapping_np, scheduled, input_batch.num_computed_tokens_np
                 )
-            self.steering.write(
-                input_batch.idx_mapping_np, scheduled, input_batch.num_computed_tokens_np
-            )
-        result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
-        return result
+            return super().prepare_inputs(input_batch, req_states)
+
+    return SteeredModelState
+
+
+def _rotations(params: SamplingParams | None) -> tuple[Rotation, ...]:
+    return () if params is None else admitted(params.extra_args)
 
 
 def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
@@ -117,10 +126,10 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
     for site in here:
         steer(norms[site], bank.bases[site], rows.tokens)
     if worker.use_v2_model_runner:
-        retype(runner.model_state, SteeredModelState)
+        retype(runner.model_state, steered_model_state)
         runner.model_state.steering = rows
     else:
-        retype(runner, SteeredRunnerV1)
+        retype(runner, steered_runner_v1)
         runner.steering = rows
         runner._steering_order = []
     logger.info(

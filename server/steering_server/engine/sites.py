@@ -10,23 +10,26 @@ from steering_kernels import rotate
 from steering_server.engine.retype import retype
 
 
-class SteeredNorm:
-    """Mixed into the class of a norm: its output, rotated row by row.
+def steered_norm(norm_class: Any) -> type:
+    """A norm whose output is rotated row by row.
 
-    The norm keeps its place, its parameters' names and its type in the module tree, so weight
+    It keeps its place, its type and its parameters' names in the module tree, so that weight
     reloading, LoRA and sleep mode see what they know.
     """
 
-    steering_bank: Tensor
-    steering_rows: Tensor
+    class SteeredNorm(norm_class):  # type: ignore[misc]
+        steering_bank: Tensor
+        steering_rows: Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the norm's own; of a pair (normed, residual) only the first is steered."""
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        normed = out[0] if isinstance(out, tuple) else out
-        rows = self.steering_rows[: normed.shape[0]]
-        rotated = rotate(normed, self.steering_bank, rows)
-        return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            # Of a pair (normed, residual) only the first is steered.
+            normed = out[0] if isinstance(out, tuple) else out
+            rows = self.steering_rows[: normed.shape[0]]
+            rotated = rotate(normed, self.steering_bank, rows)
+            return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
+
+    return SteeredNorm
 
 
 def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
@@ -40,4 +43,4 @@ def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
     # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
     norm.register_buffer("steering_bank", bank, persistent=False)
     norm.register_buffer("steering_rows", rows, persistent=False)
-    retype(norm, SteeredNorm)
+    retype(norm, steered_norm)

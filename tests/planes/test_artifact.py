@@ -1,0 +1,336 @@
+"""steering_planes.artifact: a plane survives its files, and bad files are refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steering_planes.artifact import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    Extraction,
+    Plane,
+    PlaneConfig,
+    PlaneError,
+    model_names,
+)
+from steering_planes.sites import Site
+
+HIDDEN = 8
+SITES = (Site(1, "attn_in"), Site(1, "mlp_in"))
+
+
+def config(**changes: Any) -> PlaneConfig:
+    fields: dict[str, Any] = {
+        "name": "mood",
+        "base_model_name_or_path": "some-org/Small-Model",
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_layers": 4,
+        "sites": SITES,
+        "default_mode": "rotate_to",
+        "extraction": Extraction(method="difference of means", data="mood.json", n=80, seed=0),
+        "statistics": {"1.attn_in": {"mean_positive": 0.5}, "3.mlp_in": {"mean_positive": 0.1}},
+    }
+    return PlaneConfig(**(fields | changes))
+
+
+def basis(seed: int = 0) -> Tensor:
+    q, _ = torch.linalg.qr(torch.randn(HIDDEN, 2, generator=torch.Generator().manual_seed(seed)))
+    return q.T.contiguous()
+
+
+def plane(**changes: Any) -> Plane:
+    built = config(**changes)
+    return Plane(built, {site: basis(seed) for seed, site in enumerate(built.sites)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    plane().save(tmp_path / "mood")
+    return tmp_path / "mood"
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads((folder / CONFIG_FILE).read_text())
+    change(data)
+    (folder / CONFIG_FILE).write_text(json.dumps(data))
+
+
+def edit_tensors(
+    folder: Path,
+    change: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Rewrite the tensors file, with the right metadata unless other is given."""
+    tensors = load_file(folder / TENSORS_FILE)
+    change(tensors)
+    save_file(tensors, folder / TENSORS_FILE, metadata or plane()._metadata())
+
+
+def refusal(folder: Path) -> PlaneError:
+    with pytest.raises(PlaneError) as caught:
+        Plane.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    assert caught.value.rule in message
+    return caught.value
+
+
+def test_a_plane_comes_back_as_it_was(folder: Path) -> None:
+    before, after = plane(), Plane.load(folder)
+    assert after.config == before.config
+    assert after.digest == before.digest
+    assert after.name == "mood"
+    assert after.sites == SITES
+    for site in SITES:
+        assert torch.equal(after.bases[site], before.bases[site])
+
+
+def test_the_digest_is_hex_and_knows_every_part() -> None:
+    digest = plane().digest
+    assert len(digest) == 64
+    assert int(digest, 16)
+    others = [
+        plane(name="other"),
+        plane(default_angle=10.0),
+        plane(gate=0.0),
+        plane(statistics={}),
+        Plane(config(), {SITES[0]: basis(1), SITES[1]: basis(0)}),
+    ]
+    assert len({digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+def test_the_digest_ignores_order_and_layout(folder: Path) -> None:
+    def reorder(data: dict[str, Any]) -> None:
+        data["sites"].reverse()
+        for key in sorted(data):
+            data[key] = data.pop(key)
+
+    edit_config(folder, reorder)
+    assert Plane.load(folder).digest == plane().digest
+    reordered = Plane(config(sites=SITES[::-1]), dict(reversed(plane().bases.items())))
+    assert reordered.digest == plane().digest
+
+
+def test_a_loaded_plane_can_not_be_changed(folder: Path) -> None:
+    loaded = Plane.load(folder)
+    with pytest.raises(TypeError):
+        loaded.bases[SITES[0]] = basis(5)  # type: ignore[index]
+    with pytest.raises(ValidationError):
+        loaded.config.name = "other"
+
+
+def test_save_refuses_an_existing_target_and_leaves_it(folder: Path) -> None:
+    before = Plane.load(folder).digest
+    with pytest.raises(FileExistsError, match="mood"):
+        plane(default_angle=1.0).save(folder)
+    assert Plane.load(folder).digest == before
+    plane(default_angle=1.0).save(folder, overwrite=True, readme="# Mood\n")
+    assert Plane.load(folder).config.default_angle == 1.0
+    assert (folder / "README.md").read_text() == "# Mood\n"
+    assert [child.name for child in folder.parent.iterdir()] == ["mood"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("steering_planes.artifact.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        plane().save(tmp_path / "mood")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_overwrite_keeps_the_old_plane(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fails_for_new(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_new)
+    with pytest.raises(OSError, match="disk full"):
+        plane(default_angle=1.0).save(folder, overwrite=True)
+    assert Plane.load(folder).digest == plane().digest
+
+
+def test_missing_folder_and_files(tmp_path: Path, folder: Path) -> None:
+    assert refusal(tmp_path / "nowhere").field == "path"
+    (folder / TENSORS_FILE).rename(folder / "away")
+    assert TENSORS_FILE in str(refusal(folder))
+    (folder / CONFIG_FILE).unlink()
+    assert CONFIG_FILE in str(refusal(folder))
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"name": "\xff"}', b"\x80\x04."])
+def test_config_that_is_no_json_object(folder: Path, text: bytes) -> None:
+    (folder / CONFIG_FILE).write_bytes(text)
+    assert refusal(folder).field == "config"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("format_version", 2, "format_version"),
+        ("name", "../etc", "name"),
+        ("name", "", "name"),
+        ("name", "a" * 65, "name"),
+        ("name", "mood\n", "name"),
+        ("hidden_size", "8", "hidden_size"),
+        ("num_layers", 0, "num_layers"),
+        ("default_mode", "rotate", "default_mode"),
+        ("default_angle", 361, "default_angle"),
+        ("gate", float("nan"), "gate"),
+        ("gate", float("inf"), "gate"),
+        ("sites", [], "sites"),
+        ("sites", [{"layer": 1, "role": "q_norm"}], "sites.0"),
+        ("sites", [{"layer": -1, "role": "attn_in"}], "sites.0"),
+        ("sites", [{"layer": 1, "role": "attn_in"}] * 2, "sites"),
+        ("sites", [{"layer": 4, "role": "attn_in"}], "config"),
+        ("statistics", {"4.attn_in": {}}, "config"),
+        ("statistics", {"attn_in": {}}, "config"),
+        ("extraction", {"method": "x", "data": "y", "n": 0}, "extraction.n"),
+        ("surprise", 1, "surprise"),
+    ],
+)
+def test_a_wrong_field_is_named(folder: Path, key: str, value: object, field: str) -> None:
+    edit_config(folder, lambda data: data.update({key: value}))
+    assert refusal(folder).field == field
+
+
+def test_a_missing_field_is_named(folder: Path) -> None:
+    edit_config(folder, lambda data: data.pop("hidden_size"))
+    error = refusal(folder)
+    assert error.field == "hidden_size"
+    assert "required" in error.rule
+
+
+def test_tensors_cut_short(folder: Path) -> None:
+    file = folder / TENSORS_FILE
+    whole = file.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert "safetensors" in refusal(folder).rule
+
+
+def test_tensors_that_are_a_folder(folder: Path) -> None:
+    (folder / TENSORS_FILE).unlink()
+    (folder / TENSORS_FILE).mkdir()
+    refusal(folder)
+
+
+FIRST = "layers.1.attn_in.basis"
+
+
+def with_entry(value: float) -> Tensor:
+    spoiled = basis()
+    spoiled[0, 0] = value
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    ("tensor", "field", "rule"),
+    [
+        (basis()[:, :-1].contiguous(), f"{FIRST}.shape", r"[2, 8]"),
+        (basis().T.contiguous(), f"{FIRST}.shape", r"[2, 8]"),
+        (basis().bfloat16(), f"{FIRST}.dtype", "float32"),
+        (with_entry(float("nan")), FIRST, "finite"),
+        (with_entry(float("inf")), FIRST, "finite"),
+        (basis() * 1.00002, FIRST, "orthonormal"),
+        (basis()[[0, 0]], FIRST, "orthonormal"),
+    ],
+)
+def test_a_wrong_basis_is_named(folder: Path, tensor: Tensor, field: str, rule: str) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({FIRST: tensor}))
+    error = refusal(folder)
+    assert error.field == field
+    assert rule in error.rule
+
+
+def test_missing_and_extra_tensors(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"layers.2.attn_in.basis": basis()}))
+    assert refusal(folder).value == "layers.2.attn_in.basis"
+    edit_tensors(folder, lambda tensors: (tensors.pop(FIRST), tensors.popitem()))
+    assert refusal(folder).value == FIRST
+
+
+@pytest.mark.parametrize("key", ["format_version", "base_model_name_or_path", "digest"])
+def test_metadata_must_agree_with_the_config(folder: Path, key: str) -> None:
+    metadata = plane()._metadata()
+    edit_tensors(folder, metadata=metadata | {key: "other"})
+    assert refusal(folder).field == f"metadata.{key}"
+    del metadata[key]
+    edit_tensors(folder, metadata=metadata)
+    assert refusal(folder).field == f"metadata.{key}"
+
+
+def test_tensors_of_another_plane_are_noticed(folder: Path, tmp_path: Path) -> None:
+    Plane(config(), {site: basis(9) for site in SITES}).save(tmp_path / "other")
+    (tmp_path / "other" / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    edit_config(folder, lambda data: data.update(default_angle=3))
+    assert refusal(folder).field == "metadata.digest"
+
+
+def test_a_plane_in_memory_is_checked_too() -> None:
+    with pytest.raises(PlaneError, match="orthonormal"):
+        Plane(config(), {site: 2 * basis() for site in SITES})
+    with pytest.raises(PlaneError, match=r"1\.attn_in, 1\.mlp_in"):
+        Plane(config(), {SITES[0]: basis()})
+
+
+SERVED = {"hidden_size": HIDDEN, "num_layers": 4, "model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "some-org/Small-Model",
+        "small-model",
+        "/cache/Small-Model/",
+        "other-org/SMALL-MODEL",
+        "/hub/models--some-org--Small-Model/snapshots/0123abcd",
+    ],
+)
+def test_the_base_model_is_known_by_its_name(name: str) -> None:
+    plane().check_model(**SERVED, name_or_path=name)  # type: ignore[arg-type]
+
+
+def test_a_renamed_folder_is_known_by_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_name_or_path": "some-org/Small-Model"}')
+    plane().check_model(**SERVED, name_or_path=str(tmp_path))  # type: ignore[arg-type]
+    (tmp_path / "config.json").write_text("[]")
+    assert model_names(str(tmp_path)) == {tmp_path.name.lower()}
+
+
+@pytest.mark.parametrize(
+    ("served", "field"),
+    [
+        ({"model_type": "qwen2"}, "model_type"),
+        ({"name_or_path": "some-org/Small-Model-Instruct"}, "base_model_name_or_path"),
+    ],
+)
+def test_another_model_is_refused_unless_allowed(served: dict[str, Any], field: str) -> None:
+    arguments = SERVED | {"name_or_path": "Small-Model"} | served
+    with pytest.raises(PlaneError, match="unless a mismatch is allowed") as caught:
+        plane().check_model(**arguments)
+    assert caught.value.field == field
+    plane().check_model(**arguments, allow_mismatch=True)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_layers"])
+def test_another_shape_is_always_refused(field: str) -> None:
+    arguments: dict[str, Any] = SERVED | {"name_or_path": "Small-Model", field: 5}
+    for allow in (False, True):
+        with pytest.raises(PlaneError, match=f"{field}=5"):
+            plane().check_model(**arguments, allow_mismatch=allow)
