@@ -1,0 +1,127 @@
+"""The request fields that carry steering, typed for OpenAPI, checked by admission's own rules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from steering_server import metrics
+from steering_server.engine.admission import (
+    MAX_DEGREES,
+    SteeringError,
+    parse,
+    steering_fields,
+)
+from steering_server.rotation import EXTRA_ARG, Mode, Tokens
+
+Degrees = Annotated[float, Field(ge=-MAX_DEGREES, le=MAX_DEGREES, allow_inf_nan=False)]
+Threshold = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SteeringItem(BaseModel):
+    """One of several rotations of a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    angle: Degrees | None = None
+    plane: str | None = None
+    mode: Mode | None = None
+    tokens: Tokens | None = None
+    gate: Threshold | None = None
+
+
+class SteeringFields(BaseModel):
+    """Mixed into a request model of vLLM."""
+
+    steering_angle: Degrees | None = Field(
+        default=None,
+        description="Degrees within the plane; 0 points along the positive class, 180 along the "
+        "negative. Absent: the plane's default angle if the plane is named, else no steering.",
+    )
+    steering_plane: str | None = Field(
+        default=None, description="A loaded plane; may be left out where exactly one is loaded."
+    )
+    steering_mode: Mode | None = Field(
+        default=None,
+        description="rotate_by turns by the angle, 0 being off; rotate_to turns to the angle. "
+        "Absent: the plane's default.",
+    )
+    steering_tokens: Tokens | None = Field(
+        default=None, description="Which tokens are steered. Absent: all."
+    )
+    steering_gate: Threshold | None = Field(
+        default=None,
+        description="Steer a token only where its first coordinate in the plane exceeds this.",
+    )
+    steering: list[SteeringItem] | None = Field(
+        default=None,
+        description="Several planes, applied in order; excludes the flat fields.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_steering(cls, data: Any) -> Any:
+        """Refuse what no plane could make right, before vLLM looks at the request.
+
+        Raises:
+            SteeringError: naming field, value and rule.
+        """
+        if isinstance(data, dict) and (fields := requested(data)):
+            try:
+                asked = parse(fields)
+                if asked and data.get("use_beam_search"):
+                    rule = "beam search does not carry steering; leave out one of the two"
+                    raise SteeringError("use_beam_search", True, rule, reason="beam_search")
+            except SteeringError as error:
+                metrics.count_rejection(error.reason)
+                raise
+        return data
+
+    def steering_args(self) -> dict[str, Any]:
+        """The steering fields as given, for ``SamplingParams.extra_args``."""
+        given = self.model_dump(include=self.model_fields_set)
+        return requested(given)
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's sampling parameters, with the steering fields among their ``extra_args``."""
+        params = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
+        if fields := self.steering_args():
+            params.extra_args = {**(params.extra_args or {}), **fields}
+        return params
+
+
+def requested(body: dict[str, Any]) -> dict[str, Any]:
+    """The steering fields of a request's body, its ``vllm_xargs`` included.
+
+    Raises:
+        SteeringError: a field that is given in both places.
+    """
+    own = steering_fields({k: v for k, v in body.items() if k != "vllm_xargs"})
+    xargs = body.get("vllm_xargs")
+    nested = steering_fields(xargs) if isinstance(xargs, dict) else {}
+    for key in own.keys() & nested.keys():
+        rule = f"given twice, also as vllm_xargs.{key}"
+        raise SteeringError(key, own[key], rule, reason="conflicting_fields")
+    if EXTRA_ARG in own and isinstance(own[EXTRA_ARG], list):
+        # A dumped item spells its absent fields out as null; a null gate means "no gate".
+        own[EXTRA_ARG] = [
+            {k: v for k, v in item.items() if v is not None or k == "gate"}
+            if isinstance(item, dict)
+            else item
+            for item in own[EXTRA_ARG]
+        ]
+    return {**own, **nested}
+
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+def with_steering(request_class: type[RequestT]) -> type[RequestT]:
+    """``request_class`` with the steering fields; its name, in OpenAPI, stays."""
+    return create_model(
+        request_class.__name__,
+        __base__=(SteeringFields, request_class),
+        __doc__=request_class.__doc__,
+        __module__=__name__,
+    )

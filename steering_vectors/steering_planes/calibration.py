@@ -1,0 +1,329 @@
+"""From activations of two contrast sets to a plane and the sites it discriminates at.
+
+METHOD.md section 3. "SS" is Selective Steering (arXiv 2601.19375), "AS" Angular Steering (arXiv
+2510.26243). Everything is computed in float64; a basis is rounded to float32 once, at the end.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from steering_planes.artifact import ANGLE_CONVENTION, Extraction, Mode, Plane, PlaneConfig
+from steering_planes.geometry import orthonormalise
+from steering_planes.sites import Site
+
+Activations = Mapping[Site, Tensor]
+"""The last prompt token's activation at every site: [n, d] each, a row per example."""
+
+SIGN_CONVENTION = "b2's sign: the negative class's mean c2 over the selected sites is >= 0"
+
+# Means that differ by less than this share of the activations' own length differ by rounding only.
+_DEGENERATE = 1e-4
+
+
+class CalibrationError(ValueError):
+    """The activations can't give a plane: malformed, without contrast, or nowhere discriminative."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to calibrate. The defaults are SS's published method.
+
+    direction: the feature direction is the candidate most similar to all others ("max_sim", SS) or
+        the one with the longest difference ("max_norm", AS).
+    planes: one plane for all sites ("global"), or b1 = a site's own candidate ("per_site").
+    granularity: select a layer only if all its sites discriminate ("layer", SS), or site by site.
+    margin: how many standard errors both class means must be from 0 (SS: 0).
+    """
+
+    direction: Literal["max_sim", "max_norm"] = "max_sim"
+    planes: Literal["global", "per_site"] = "global"
+    granularity: Literal["layer", "site"] = "layer"
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise ValueError(f"margin={self.margin}: must be a finite number of 0 or more")
+
+    def __str__(self) -> str:
+        return (
+            f"difference of means, {self.direction} direction, PC1, {self.planes} planes, "
+            f"discriminative by {self.granularity} with margin {self.margin:g}"
+        )
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Projections of per-sample unit-length activations on b1, and the size of the contrast."""
+
+    mean_positive: float
+    mean_negative: float
+    stderr_positive: float
+    stderr_negative: float
+    difference_norm: float
+    """|mean(x_pos) - mean(x_neg)|, in the activations' own units."""
+
+    def discriminates(self, margin: float) -> bool:
+        """SS Eq. 9, mean_positive * mean_negative < 0, with both means `margin` errors from 0."""
+        return (
+            self.mean_positive * self.mean_negative < 0
+            and abs(self.mean_positive) >= margin * self.stderr_positive
+            and abs(self.mean_negative) >= margin * self.stderr_negative
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibrated plane before it has a name.
+
+    bases: [2, d] float32 for every selected site, sorted.
+    statistics: every site that was measured and not dropped.
+    feature_site: where the feature direction comes from.
+    dropped: sites whose class means don't differ.
+    explained_variance: PC1's share of the candidates' variance, 0..1.
+    """
+
+    bases: Mapping[Site, Tensor]
+    statistics: Mapping[Site, SiteStatistics]
+    feature_site: Site
+    dropped: tuple[Site, ...]
+    explained_variance: float
+    options: Options = field(default_factory=Options)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The selected sites, sorted."""
+        return tuple(self.bases)
+
+    def to_plane(
+        self,
+        *,
+        name: str,
+        base_model_name_or_path: str,
+        model_type: str,
+        num_layers: int,
+        extraction: Extraction,
+        revision: str | None = None,
+        default_mode: Mode = "rotate_by",
+        default_angle: float | None = None,
+        gate: float | None = None,
+    ) -> Plane:
+        """Name the plane and say what model it is for."""
+        config = PlaneConfig(
+            name=name,
+            base_model_name_or_path=base_model_name_or_path,
+            revision=revision,
+            model_type=model_type,
+            hidden_size=next(iter(self.bases.values())).shape[1],
+            num_layers=num_layers,
+            sites=self.sites,
+            default_mode=default_mode,
+            default_angle=default_angle,
+            angle_convention=f"{ANGLE_CONVENTION}; {SIGN_CONVENTION}",
+            gate=gate,
+            extraction=extraction,
+            statistics={str(site): asdict(of) for site, of in self.statistics.items()},
+        )
+        return Plane(config, self.bases)
+
+
+def calibrate(
+    positive: Activations, negative: Activations, options: Options | None = None
+) -> Calibration:
+    """Find the plane and the discriminative sites; METHOD.md 3, steps 3 to 6.
+
+    `positive` and `negative` map the same sites to [n, d], where n may differ between the two and
+    is at least 2. Raises CalibrationError if they are malformed, if the classes differ nowhere, if
+    the candidates span no plane, or if no site discriminates (then nothing is selected, rather than
+    everything).
+    """
+    options = options or Options()
+    _check(positive, negative)
+    differences = {
+        site: positive[site].double().mean(0) - negative[site].double().mean(0)
+        for site in sorted(positive)
+    }
+    candidates = {
+        site: difference / difference.norm()
+        for site, difference in differences.items()
+        if not _is_degenerate(difference, positive[site], negative[site])
+    }
+    dropped = tuple(site for site in differences if site not in candidates)
+    if not candidates:
+        raise CalibrationError("the two classes have the same mean activation at every site")
+    feature_site = feature_direction(
+        candidates, {site: float(differences[site].norm()) for site in candidates}, options.direction
+    )
+    pc1, explained = first_component(candidates)
+    b1 = {
+        site: candidates[site if options.planes == "per_site" else feature_site]
+        for site in candidates
+    }
+    statistics = {
+        site: _statistics(positive[site], negative[site], b1[site], differences[site])
+        for site in candidates
+    }
+    selected = discriminative_sites(statistics, tuple(positive), options)
+    if not selected:
+        raise CalibrationError(
+            f"no {options.granularity} discriminates with margin {options.margin:g}: the two "
+            "classes lie on one side of 0 everywhere"
+        )
+    try:
+        bases = {site: _orthogonal(b1[site], pc1) for site in selected}
+    except ValueError as error:
+        raise CalibrationError(f"the candidates span no plane: {error}") from None
+    # One sign for all sites, so that an angle turns the same way at each of them.
+    c2 = sum(float(_projections(negative[site], bases[site][1]).mean()) for site in selected)
+    if c2 < 0:
+        bases = {site: _orthogonal(b1[site], -pc1) for site in selected}
+    return Calibration(
+        bases={site: basis.float() for site, basis in bases.items()},
+        statistics=statistics,
+        feature_site=feature_site,
+        dropped=dropped,
+        explained_variance=explained,
+        options=options,
+    )
+
+
+def feature_direction(
+    candidates: Mapping[Site, Tensor],
+    lengths: Mapping[Site, float],
+    rule: Literal["max_sim", "max_norm"],
+) -> Site:
+    """The site whose candidate (unit, [d]) is the feature direction; the first one on a tie.
+
+    "max_sim" takes the largest mean cosine to all candidates (SS), "max_norm" the longest
+    un-normalised difference, given in `lengths` (AS).
+    """
+    sites = list(candidates)
+    if rule == "max_norm":
+        return max(sites, key=lambda site: lengths[site])
+    stacked = torch.stack([candidates[site] for site in sites])  # [k, d]
+    return sites[int((stacked @ stacked.T).mean(1).argmax())]
+
+
+def first_component(candidates: Mapping[Site, Tensor]) -> tuple[Tensor, float]:
+    """(PC1 [d], its share of the variance) of the mean-centred candidates; the sign is arbitrary.
+
+    Raises CalibrationError unless the candidates differ.
+    """
+    stacked = torch.stack(list(candidates.values())).double()
+    centred = stacked - stacked.mean(0)
+    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    variance = float(singular.square().sum())
+    # Unit vectors: rounding alone gives 1e-30.
+    if variance < 1e-12:
+        raise CalibrationError(
+            f"all {len(candidates)} candidates are the same direction: there is no second axis"
+        )
+    return components[0], float(singular[0]) ** 2 / variance
+
+
+def discriminative_sites(
+    statistics: Mapping[Site, SiteStatistics], measured: Sequence[Site], options: Options
+) -> tuple[Site, ...]:
+    """The selected sites, sorted.
+
+    `measured` are all sites of the model. By "layer" one of them without statistics, because its
+    classes don't differ, keeps its whole layer out.
+    """
+    passing = {s for s, of in statistics.items() if of.discriminates(options.margin)}
+    if options.granularity == "site":
+        return tuple(sorted(passing))
+    layers = groupby(sorted(measured), key=lambda site: site.layer)
+    groups = [tuple(sites) for _, sites in layers]
+    return tuple(site for group in groups if passing.issuperset(group) for site in group)
+
+
+def format_confounds(positive: Sequence[str], negative: Sequence[str]) -> list[str]:
+    """Warnings, one line each, where two sets of prompts differ by form rather than by content.
+
+    A wrapper around one set only becomes part of the direction (SS's harmless set has one). Compared
+    are openings and closings of three words, the last character, and the number of words.
+    """
+    forms: dict[str, Callable[[str], str]] = {
+        "begin with": lambda text: " ".join(text.split()[:3]),
+        "end with": lambda text: " ".join(text.split()[-3:]),
+        "have the last character": lambda text: text.rstrip()[-1:],
+    }
+    warnings = []
+    for what, form in forms.items():
+        shares = [_shares([form(text) for text in texts]) for texts in (positive, negative)]
+        here, there = shares
+        for value in sorted(here.keys() | there.keys()):
+            p, q = here.get(value, 0.0), there.get(value, 0.0)
+            if abs(p - q) >= 0.5:
+                warnings.append(f"{p:.0%} of the positive and {q:.0%} of the negative prompts {what} {value!r}")
+    a, b = (
+        torch.tensor([float(len(text.split())) for text in texts], dtype=torch.float64)
+        for texts in (positive, negative)
+    )
+    if min(len(a), len(b)) >= 2:
+        gap = abs(float(a.mean() - b.mean()))
+        error = math.sqrt(float(a.var() / len(a) + b.var() / len(b)))
+        shorter, longer = sorted((float(a.mean()), float(b.mean())))
+        # Systematic (4 standard errors), and more than a fifth.
+        if gap > 4 * error and longer > 1.2 * shorter:
+            warnings.append(
+                f"positive prompts have {float(a.mean()):.1f} words on average, negative ones "
+                f"{float(b.mean()):.1f}"
+            )
+    return warnings
+
+
+def _shares(values: Sequence[str]) -> dict[str, float]:
+    return {value: count / len(values) for value, count in Counter(values).items()}
+
+
+def _check(positive: Activations, negative: Activations) -> None:
+    if not positive:
+        raise CalibrationError("there are no sites")
+    if positive.keys() != negative.keys():
+        odd = ", ".join(map(str, sorted(positive.keys() ^ negative.keys())))
+        raise CalibrationError(f"only one class has activations at {odd}")
+    width = next(iter(positive.values())).shape[-1]
+    for label, activations in (("positive", positive), ("negative", negative)):
+        for site, x in activations.items():
+            if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] != width:
+                raise CalibrationError(
+                    f"{label} activations at {site} have shape {list(x.shape)}: must be "
+                    f"[n, {width}] with n >= 2"
+                )
+            if not bool(x.isfinite().all()):
+                raise CalibrationError(f"{label} activations at {site} are not all finite")
+
+
+def _is_degenerate(difference: Tensor, positive: Tensor, negative: Tensor) -> bool:
+    length = torch.cat((positive, negative)).double().norm(dim=1).mean()
+    return float(difference.norm()) <= _DEGENERATE * float(length)
+
+
+def _projections(x: Tensor, direction: Tensor) -> Tensor:
+    """[n]: of the unit-normalised rows of x [n, d]; a row of zeros projects to 0."""
+    rows = x.double()
+    return torch.nn.functional.normalize(rows, dim=1) @ direction
+
+
+def _statistics(
+    positive: Tensor, negative: Tensor, b1: Tensor, difference: Tensor
+) -> SiteStatistics:
+    p, q = _projections(positive, b1), _projections(negative, b1)
+    return SiteStatistics(
+        mean_positive=float(p.mean()),
+        mean_negative=float(q.mean()),
+        stderr_positive=float(p.std()) / math.sqrt(len(p)),
+        stderr_negative=float(q.std()) / math.sqrt(len(q)),
+        difference_norm=float(difference.norm()),
+    )
+
+
+def _orthogonal(b1: Tensor, pc1: Tensor) -> Tensor:
+    return orthonormalise(torch.stack((b1, pc1))).double()
