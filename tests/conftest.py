@@ -1,0 +1,81 @@
+"""What tests share: the real model, and engines of it, since starting one is what costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import engines
+import pytest
+from oracle import Oracle
+from planes import random_plane
+
+if TYPE_CHECKING:
+    from engines import Engine
+
+REPOSITORY = Path(__file__).parents[1]
+SENTIMENT = Path("/tmp/w/toy")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    engines.default_environment(tmp_path_factory.mktemp("vllm-cache"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The bundled model's folder."""
+    from steering_server.bundled_model import ensure
+
+    return ensure()
+
+
+@pytest.fixture(scope="session")
+def planes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two planes of SmolLM2: the bundled one, and random bases from the first layer to the last."""
+    wide = ["0.mlp_in", "5.attn_in", "12.attn_in", "12.mlp_in", "18.mlp_in", "29.mlp_in"]
+    folder = tmp_path_factory.mktemp("planes") / "wide"
+    return {
+        "sentiment": SENTIMENT,
+        "wide": random_plane(folder, wide, seed=7, default_mode="rotate_by", default_angle=40.0),
+    }
+
+
+@pytest.fixture(scope="session")
+def oracle(smollm2: Path) -> Oracle:
+    """SmolLM2 in transformers, fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return Oracle(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32))
+
+
+@pytest.fixture(scope="session")
+def v1(smollm2: Path, planes: dict[str, Path]) -> Iterator[Engine]:
+    """The V1 model runner, eager."""
+    yield from engines.start(smollm2, planes)
+
+
+@pytest.fixture(scope="session")
+def v1_compiled(smollm2: Path, planes: dict[str, Path]) -> Iterator[Engine]:
+    """The V1 model runner, compiled, as `vllm serve` runs it unless told otherwise."""
+    yield from engines.start(smollm2, planes, enforce_eager=False)
+
+
+@pytest.fixture(scope="session")
+def v2(smollm2: Path, planes: dict[str, Path]) -> Iterator[Engine]:
+    """The V2 model runner, on Triton's interpreter."""
+    yield from engines.start(smollm2, planes, v2=True)
+
+
+@pytest.fixture(scope="session")
+def plain(smollm2: Path) -> Iterator[Engine]:
+    """vLLM without any plane; V1, eager."""
+    yield from engines.start(smollm2, {})
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Any:
+    """The engine that a test is parametrised with, by its fixture's name."""
+    return request.getfixturevalue(request.param)

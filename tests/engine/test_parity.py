@@ -1,0 +1,105 @@
+"""The engine against transformers with hooks, token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Answer, Engine
+from oracle import Oracle, Turn, assert_greedy
+
+PROMPTS = [
+    "Tell me about the ocean.",
+    "What is a good way to spend a Sunday?",
+    "Describe a small town in autumn.",
+    "How does a bicycle stay upright?",
+    "Write two sentences about bread.",
+    "What happens when it rains 17 days in a row?",
+    "Explain what a library is for.",
+    "Name three things one finds in a kitchen.",
+]
+
+STEERINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "by-60": (
+        {"steering_angle": 60, "steering_mode": "rotate_by"},
+        {"angle": 60, "mode": "rotate_by"},
+    ),
+    "to-180": (
+        {"steering_angle": 180, "steering_mode": "rotate_to"},
+        {"angle": 180, "mode": "rotate_to"},
+    ),
+    "to-30-gated": (
+        {"steering_angle": 30, "steering_mode": "rotate_to", "steering_gate": 0.0},
+        {"angle": 30, "mode": "rotate_to", "gate": 0.0},
+    ),
+    "generated": (
+        {"steering_angle": 180, "steering_mode": "rotate_to", "steering_tokens": "generated"},
+        {"angle": 180, "mode": "rotate_to", "tokens": "generated"},
+    ),
+    "prompt": (
+        {"steering_angle": -120, "steering_mode": "rotate_by", "steering_tokens": "prompt"},
+        {"angle": 240, "mode": "rotate_by", "tokens": "prompt"},
+    ),
+}
+TOKENS = 32
+
+
+def check(oracle: Oracle, answer: Answer, turns: list[Turn]) -> None:
+    """The answer is the oracle's, under ``turns``."""
+    ids = answer.prompt + answer.tokens
+    logprobs = oracle.logprobs(ids, turns, len(answer.prompt))
+    assert_greedy(logprobs, len(answer.prompt), answer.tokens, answer.logprobs)
+
+
+@pytest.mark.parametrize("engine", ["v1", "v1_compiled", "v2"], indirect=True)
+@pytest.mark.parametrize("plane", ["sentiment", "wide"])
+def test_every_steering_equals_transformers(
+    engine: Engine, oracle: Oracle, planes: dict[str, Path], plane: str
+) -> None:
+    scoped = ("generated", "prompt")
+    asked = [(p, name) for name in STEERINGS for p in PROMPTS[: 2 if name in scoped else None]]
+    fields = [{"steering_plane": plane, **STEERINGS[name][0]} for _, name in asked]
+    answers = engine.chat([prompt for prompt, _ in asked], fields, TOKENS)
+    for (_, name), answer in zip(asked, answers, strict=True):
+        check(oracle, answer, [Turn(planes[plane], **STEERINGS[name][1])])
+
+
+@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+def test_sixteen_angles_in_a_batch_are_sixteen_requests_alone(engine: Engine) -> None:
+    fields: list[dict[str, Any] | None] = [
+        {"steering_plane": "sentiment", "steering_angle": 22.5 * i} for i in range(16)
+    ]
+    fields[5] = {"steering_plane": "sentiment", "steering_angle": 0, "steering_mode": "rotate_by"}
+    fields[11] = None
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(16)]
+    together = engine.chat(prompts, fields, 16)
+    alone = [engine.chat([p], [f], 16)[0] for p, f in zip(prompts, fields, strict=True)]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    assert len({tuple(a.tokens) for a in together}) > 8, "the angles make no difference"
+
+
+@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+def test_unsteered_requests_among_steered_ones_are_plain_vllm(
+    engine: Engine, plain: Engine, oracle: Oracle
+) -> None:
+    # The same batch on both engines, so that not even the shape of a matrix differs.
+    off = {"steering_plane": "wide", "steering_angle": 0, "steering_mode": "rotate_by"}
+    steered = {"steering_plane": "wide", "steering_angle": 90}
+    mixed = engine.chat(PROMPTS, [None, steered, off, steered] * 2, 16)
+    expected = plain.chat(PROMPTS, [None] * len(PROMPTS), 16)
+    check(oracle, expected[0], [])
+    for i, (answer, unsteered) in enumerate(zip(mixed, expected, strict=True)):
+        if i % 2:
+            assert answer.logprobs != pytest.approx(unsteered.logprobs, abs=1e-2)
+        else:
+            assert answer.tokens == unsteered.tokens
+            assert answer.logprobs == pytest.approx(unsteered.logprobs, abs=1e-6)
+
+
+def test_compiled_and_eager_agree(v1: Engine, v1_compiled: Engine) -> None:
+    fields = [{"steering_plane": "sentiment", "steering_angle": 45 * i} for i in range(8)]
+    eager, compiled = (e.chat(PROMPTS, fields, TOKENS) for e in (v1, v1_compiled))
+    for one, other in zip(eager, compiled, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)

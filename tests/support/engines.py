@@ -1,0 +1,161 @@
+"""Engines for tests: real ones, each in a process of its own, shared within a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INTERPRETER = Path(__file__).parent / "interpreter"
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One choice: its tokens, the log-probability of each, and how much came from the cache."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    cached: int
+
+
+class Engine:
+    """vLLM's offline ``LLM``, greedy, asked with steering fields.
+
+    Args:
+        llm: a started ``vllm.LLM``.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def chat(
+        self, prompts: Sequence[str], fields: Sequence[Mapping[str, Any] | None], tokens: int
+    ) -> list[Answer]:
+        """One answer for each prompt, with the steering fields beside it, all in one batch."""
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self._answers(self.llm.chat(messages, self._params(fields, tokens), use_tqdm=False))
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        fields: Sequence[Mapping[str, Any] | None],
+        tokens: int,
+    ) -> list[Answer]:
+        """As :meth:`chat`, from token ids."""
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        return self._answers(
+            self.llm.generate(inputs, self._params(fields, tokens), use_tqdm=False)
+        )
+
+    def forget(self) -> None:
+        """Empty the prefix cache, as on a fresh engine."""
+        assert self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    @staticmethod
+    def _params(fields: Sequence[Mapping[str, Any] | None], tokens: int) -> list[Any]:
+        from vllm import SamplingParams
+
+        return [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                logprobs=0,
+                extra_args=None if f is None else dict(f),
+            )
+            for f in fields
+        ]
+
+    @staticmethod
+    def _answers(outputs: Sequence[Any]) -> list[Answer]:
+        answers = []
+        for output in outputs:
+            (choice,) = output.outputs
+            ids = list(choice.token_ids)
+            pairs = zip(ids, choice.logprobs, strict=True)
+            answers.append(
+                Answer(
+                    prompt=list(output.prompt_token_ids),
+                    tokens=ids,
+                    logprobs=[step[token].logprob for token, step in pairs],
+                    text=choice.text,
+                    cached=output.num_cached_tokens or 0,
+                )
+            )
+        return answers
+
+
+def start(
+    model: Path, planes: Mapping[str, Path], *, v2: bool = False, **options: Any
+) -> Iterator[Engine]:
+    """A generator fixture's body: an engine of ``model`` in fp32, with ``planes``, until the end.
+
+    Args:
+        model: the model's folder.
+        planes: name -> artifact.
+        v2: vLLM's second model runner, on Triton's interpreter.
+        options: more of ``vllm.LLM``; ``steering`` goes into the steering section.
+    """
+    from vllm import LLM
+
+    steering = {"planes": {k: str(v) for k, v in planes.items()}, **options.pop("steering", {})}
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "block_size": BLOCK,
+        **options,
+    }
+    with environment(v2_environment() if v2 else {}):
+        engine = Engine(
+            LLM(
+                str(model),
+                additional_config={"steering": steering} if planes else {},
+                **options,
+            )
+        )
+    yield engine
+    engine.close()
+
+
+def v2_environment() -> dict[str, str]:
+    """What makes a process run vLLM's V2 runner on Triton's interpreter."""
+    return {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(INTERPRETER),
+    }
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables, for the processes started within."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+def default_environment(cache: Path) -> None:
+    """What every engine of a test run has."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        # Compiled graphs of other runs and other trees must not be found.
+        VLLM_CACHE_ROOT=str(cache),
+    )
