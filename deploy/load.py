@@ -57,8 +57,8 @@ class Load:
 
     @property
     def steered_requests(self) -> int:
-        """How many steered requests all rounds send, those that warm up included."""
-        return self.rounds * (self.num_prompts + self.concurrency)
+        """How many are sent in all: one that tries steering, and warm-ups and prompts a round."""
+        return 1 + self.rounds * (self.concurrency + self.num_prompts)
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def table(pairs: Sequence[Pair], title: str) -> Table:
     row("output throughput, tokens/s", lambda run: run.output_throughput)
     row("TTFT, median ms", lambda run: run.median_ttft_ms)
     row("ITL, median ms", lambda run: run.median_itl_ms)
-    failed = [sum(r.failed for r in runs) for runs in zip(*map(_both, pairs), strict=True)]
-    shown.add_row("failed requests", *map(str, failed), "")
+    shown.add_row(
+        "failed requests",
+        str(sum(p.unsteered.failed for p in pairs)),
+        str(sum(p.steered.failed for p in pairs)),
+        "",
+    )
     return shown
-
-
-def _both(pair: Pair) -> tuple[Run, Run]:
-    return pair.unsteered, pair.steered
 
 
 def benchmark_arguments(
@@ -208,9 +208,10 @@ def benchmark(arguments: Sequence[str]) -> Run:
         return Run.of(serve.main(parser.parse_args(list(arguments))))
 
 
-def measure(load: Load, model: str, tokenizer: str, plane: str) -> Iterator[Pair]:
+def measure(
+    load: Load, model: str, tokenizer: str, steering: Mapping[str, object]
+) -> Iterator[Pair]:
     """Run the rounds; every other one steered first, so that no side always has the first turn."""
-    steering = {"steering_plane": plane, "steering_angle": load.angle}
     # Prompts that the server has seen, in an earlier round or load test, are in its prefix cache.
     seed = secrets.randbelow(2**31)
     for number in range(load.rounds):
@@ -239,6 +240,13 @@ class Server:
     def planes(self) -> list[str]:
         """The names of the loaded planes."""
         return [plane["id"] for plane in self._get("/v1/steering/planes").json()["data"]]
+
+    def try_steering(self, model: str, steering: Mapping[str, object]) -> None:
+        """Send one steered request: the benchmark client would not say why one was refused."""
+        body = {"model": model, "prompt": "The", "max_tokens": 1, **steering}
+        response = self.client.post("/v1/completions", json=body)
+        if response.is_error or "steering" not in response.headers:
+            raise LoadError(f"the server does not steer: {response.status_code} {response.text}")
 
     def steered_count(self, plane: str) -> int:
         """See the function of that name."""
@@ -269,34 +277,32 @@ def local_tokenizer(load: Load, root: str) -> str:
     return load.tokenizer or root
 
 
-def load_test(load: Load, console: Console) -> list[str]:
+def load_test(load: Load, client: httpx.Client, console: Console) -> list[str]:
     """Run the load test, show its table, and return what went wrong.
 
     Raises:
         LoadError: it could not be run.
     """
-    # The benchmark client takes the server's API key from the same variable.
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=load.url, headers=headers, timeout=30) as client:
-        server = Server(client)
-        model, root = server.model()
-        plane = choose_plane(server.planes(), load.plane)
-        tokenizer = local_tokenizer(load, root)
-        before = server.steered_count(plane)
-        pairs = []
-        for pair in measure(load, model, tokenizer, plane):
-            pairs.append(pair)
-            console.print(
-                f"round {len(pairs)} of {load.rounds}, tokens/s: "
-                f"unsteered {pair.unsteered.output_throughput:.1f}, "
-                f"steered {pair.steered.output_throughput:.1f}"
-            )
-        deadline = time.monotonic() + COUNTED_WITHIN_S
-        while (counted := server.steered_count(plane) - before) < load.steered_requests:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
+    server = Server(client)
+    model, root = server.model()
+    plane = choose_plane(server.planes(), load.plane)
+    tokenizer = local_tokenizer(load, root)
+    steering = {"steering_plane": plane, "steering_angle": load.angle}
+    before = server.steered_count(plane)
+    server.try_steering(model, steering)
+    pairs = []
+    for pair in measure(load, model, tokenizer, steering):
+        pairs.append(pair)
+        console.print(
+            f"round {len(pairs)} of {load.rounds}, tokens/s: "
+            f"unsteered {pair.unsteered.output_throughput:.1f}, "
+            f"steered {pair.steered.output_throughput:.1f}"
+        )
+    deadline = time.monotonic() + COUNTED_WITHIN_S
+    while (counted := server.steered_count(plane) - before) < load.steered_requests:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     title = (
         f"{model}, {plane} at {load.angle:g} degrees: {load.num_prompts} requests of "
         f"{load.input_len} + {load.output_len} tokens, {load.concurrency} at a time, "
@@ -342,8 +348,12 @@ def parse(arguments: Sequence[str] | None = None) -> Load:
 def main() -> int:
     """Exit status: 0 if all went well, 1 if not."""
     load = parse()
+    # The benchmark client takes the server's API key from the same variable.
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        found = load_test(load, Console())
+        with httpx.Client(base_url=load.url, headers=headers, timeout=30) as client:
+            found = load_test(load, client, Console())
     except LoadError as error:
         found = [str(error)]
     for problem in found:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import engines
 import pytest
+import servers
 from oracle import Oracle
+
 from planes import random_plane
 
 if TYPE_CHECKING:
     from engines import Engine
+    from servers import Server
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = Path("/tmp/w/toy")
@@ -79,3 +82,10 @@ def plain(smollm2: Path) -> Iterator[Engine]:
 def engine(request: pytest.FixtureRequest) -> Any:
     """The engine that a test is parametrised with, by its fixture's name."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`steering serve` with the bundled plane, as `make serve` starts it, but eager."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    yield from servers.serve(smollm2, {"sentiment": SENTIMENT}, log)

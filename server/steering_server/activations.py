@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from steering_planes.contrast import Conversation
 from steering_planes.sites import Site, find_sites
-from torch import Tensor, nn
 
 
 def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
@@ -73,9 +74,7 @@ def collect(
         last = batch["attention_mask"].sum(1) - 1
         rows = torch.arange(len(last), device=last.device)
 
-        def keep(
-            site: Site, output: Tensor, rows: Tensor = rows, last: Tensor = last
-        ) -> None:
+        def keep(site: Site, output: Tensor, rows: Tensor = rows, last: Tensor = last) -> None:
             found[site].append(output[rows, last].float().cpu())
 
         with hooked(modules, keep):

@@ -158,7 +158,9 @@ def calibrate(
     if not candidates:
         raise CalibrationError("the two classes have the same mean activation at every site")
     feature_site = feature_direction(
-        candidates, {site: float(differences[site].norm()) for site in candidates}, options.direction
+        candidates,
+        {site: float(differences[site].norm()) for site in candidates},
+        options.direction,
     )
     pc1, explained = first_component(candidates)
     b1 = {
@@ -261,7 +263,9 @@ def format_confounds(positive: Sequence[str], negative: Sequence[str]) -> list[s
         for value in sorted(here.keys() | there.keys()):
             p, q = here.get(value, 0.0), there.get(value, 0.0)
             if abs(p - q) >= 0.5:
-                warnings.append(f"{p:.0%} of the positive and {q:.0%} of the negative prompts {what} {value!r}")
+                warnings.append(
+                    f"{p:.0%} of the positive and {q:.0%} of the negative prompts {what} {value!r}"
+                )
     a, b = (
         torch.tensor([float(len(text.split())) for text in texts], dtype=torch.float64)
         for texts in (positive, negative)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-from planes import random_plane
 from prometheus_client import REGISTRY
 
+from planes import random_plane
 from steering_planes import Plane
 from steering_server.engine.admission import Admission, SteeringError
 from steering_server.rotation import Rotation, admitted
@@ -19,9 +18,7 @@ from steering_server.rotation import Rotation, admitted
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plane]:
     folder = tmp_path_factory.mktemp("admission")
     bare = random_plane(folder / "bare", ["1.attn_in"], seed=1, default_mode="rotate_to")
-    full = random_plane(
-        folder / "full", ["1.attn_in"], seed=2, default_angle=-45.0, gate=0.25
-    )
+    full = random_plane(folder / "full", ["1.attn_in"], seed=2, default_angle=-45.0, gate=0.25)
     return {"bare": Plane.load(bare), "named": Plane.load(full)}
 
 
@@ -143,7 +140,7 @@ def test_without_planes_the_answer_says_how_to_load_one() -> None:
 
 
 def test_raw_fields_past_admission_stop_the_process() -> None:
-    with pytest.raises(RuntimeError, match="steering_angle.*without admission"):
+    with pytest.raises(RuntimeError, match=r"steering_angle.*without admission"):
         admitted({"steering_angle": 3})
     with pytest.raises(RuntimeError, match="without admission"):
         admitted({"steering": [{"plane": "bare", "angle": 3}]})

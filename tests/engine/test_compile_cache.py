@@ -8,6 +8,7 @@ import engines
 import pytest
 from engines import Engine
 from oracle import Oracle, Turn, assert_greedy
+
 from planes import random_plane
 
 

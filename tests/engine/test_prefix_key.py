@@ -38,7 +38,9 @@ def test_a_planes_name_does_not() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "start", "end"), [(100, 0, 16), (40, 32, 48), (20, 32, 48)])
-def test_a_key_says_which_tokens_of_the_block_are_steered(prompt: int, start: int, end: int) -> None:
+def test_a_key_says_which_tokens_of_the_block_are_steered(
+    prompt: int, start: int, end: int
+) -> None:
     """Two scopes have one key exactly where they steer the same tokens of the block."""
     steered = {
         "all": set(range(start, end)),

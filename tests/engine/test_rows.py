@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from planes import random_plane
 
+from planes import random_plane
 from steering_kernels.rows import COS, MODE, SLOT, Mode
 from steering_planes import Plane, Site
 from steering_server.engine.bank import Bank
@@ -102,7 +102,7 @@ def test_scopes_go_by_position_however_the_tokens_are_dealt(
     for cuts in range(2**5):
         edges = [0, *(i + 1 for i in range(5) if cuts >> i & 1), 6]
         seen: list[int] = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             write(rows, (0, 2, 0), (3, end - start, start))
             seen += modes(rows)[2 : 2 + end - start]
         assert seen == expected

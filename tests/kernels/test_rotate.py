@@ -39,7 +39,9 @@ row = st.tuples(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(row, min_size=1, max_size=9), st.sampled_from([2, 3, 64, 577]))
-def test_each_row_is_its_own_rotation(rows: list[tuple[Mode, float, int, float | None]], d: int) -> None:
+def test_each_row_is_its_own_rotation(
+    rows: list[tuple[Mode, float, int, float | None]], d: int
+) -> None:
     bank = make_bank(3, d)
     h = torch.randn(len(rows), d, generator=torch.Generator().manual_seed(1))
     out = rotate(h, bank, as_rows([encode_row(m, a, s, g) for m, a, s, g in rows]))
@@ -130,8 +132,10 @@ def test_norms_are_kept_on_a_real_prompt(
             h = output[0]
             angles = torch.linspace(0, 359, len(h))
             rows = as_rows(
-                [encode_row(Mode.ROTATE_TO if i % 2 else Mode.ROTATE_BY, float(a), 0)
-                 for i, a in enumerate(angles)]
+                [
+                    encode_row(Mode.ROTATE_TO if i % 2 else Mode.ROTATE_BY, float(a), 0)
+                    for i, a in enumerate(angles)
+                ]
             )
             out = rotate(h, basis[None], rows)
             ratio = out.double().norm(dim=-1) / h.double().norm(dim=-1)

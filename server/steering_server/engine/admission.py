@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from steering_planes import Plane, canonical_degrees
 from vllm.exceptions import VLLMValidationError
 
+from steering_planes import Plane, canonical_degrees
 from steering_server import metrics
 from steering_server.rotation import (
     EXTRA_ARG,
@@ -26,7 +26,7 @@ FIELDS = ("angle", "plane", "mode", "tokens", "gate")
 MAX_DEGREES = 360.0
 
 
-class SteeringError(VLLMValidationError):
+class SteeringError(VLLMValidationError):  # type: ignore[misc]
     """Steering that cannot be given exactly as asked: HTTP 400 in OpenAI's shape.
 
     Attributes:

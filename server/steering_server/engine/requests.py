@@ -55,9 +55,7 @@ def process_inputs(
 
 def with_rotations(params: SamplingParams, rotations: tuple[Rotation, ...]) -> SamplingParams:
     """A copy of ``params`` that carries ``rotations`` and no other steering field."""
-    extra = {
-        k: v for k, v in (params.extra_args or {}).items() if k not in steering_fields({k: v})
-    }
+    extra = {k: v for k, v in (params.extra_args or {}).items() if k not in steering_fields({k: v})}
     if rotations:
         extra[EXTRA_ARG] = [r.to_wire() for r in rotations]
     params = params.clone()
@@ -104,6 +102,4 @@ async def _counted(
     finally:
         if outcome != "rejected":  # A refused request has its own counter.
             rotations = admission_of(engine.input_processor).admit(params.extra_args)
-            metrics.count_request(
-                rotations, outcome, prompt_tokens, sum(generated.values())
-            )
+            metrics.count_request(rotations, outcome, prompt_tokens, sum(generated.values()))

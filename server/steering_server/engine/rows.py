@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steering_kernels import ROW_WIDTH, Mode, encode_row, identity_row
+from steering_kernels import Mode, encode_row, identity_row
 from steering_kernels.rows import MODE
 from steering_server.engine.bank import Bank
 from steering_server.rotation import Rotation

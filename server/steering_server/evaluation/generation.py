@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from steering_planes.artifact import Mode, Plane
 from steering_planes.geometry import rotate_by, rotate_to
 from steering_planes.sites import Site, find_sites
-from torch import Tensor
-
 from steering_server.activations import encode, hooked
 
 
@@ -34,7 +34,9 @@ def generate(
     plane's sites, in `mode` or the plane's default mode and with the plane's gate.
     """
     modules = find_sites(model, model.config.get_text_config().num_hidden_layers)
-    rotate = rotate_to if plane and (mode or plane.config.default_mode) == "rotate_to" else rotate_by
+    rotate = (
+        rotate_to if plane and (mode or plane.config.default_mode) == "rotate_to" else rotate_by
+    )
     steered = {} if plane is None or angle is None else {s: modules[s] for s in plane.sites}
 
     def turn(site: Site, output: Tensor) -> Tensor:

@@ -77,6 +77,6 @@ def steered(
         return response
 
     # FastAPI reads the body's model from the signature.
-    del handler.__wrapped__  # type: ignore[attr-defined]
+    del handler.__wrapped__
     handler.__annotations__ = {"request": with_steering(request_class), "raw_request": Request}
     return handler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -114,14 +114,12 @@ def requested(body: dict[str, Any]) -> dict[str, Any]:
     return {**own, **nested}
 
 
-RequestT = TypeVar("RequestT", bound=BaseModel)
-
-
-def with_steering(request_class: type[RequestT]) -> type[RequestT]:
+def with_steering(request_class: type[BaseModel]) -> type[BaseModel]:
     """``request_class`` with the steering fields; its name, in OpenAPI, stays."""
+    bases: tuple[type[BaseModel], ...] = (SteeringFields, request_class)
     return create_model(
         request_class.__name__,
-        __base__=(SteeringFields, request_class),
+        __base__=bases,
         __doc__=request_class.__doc__,
         __module__=__name__,
     )

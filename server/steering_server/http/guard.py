@@ -29,7 +29,11 @@ class Guard:
         self.steered = frozenset(steered)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or self._path(scope) in self.steered:
+        if (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or self._path(scope) in self.steered
+        ):
             await self.app(scope, receive, send)
             return
         messages = [await receive()]
@@ -37,7 +41,9 @@ class Guard:
             messages.append(await receive())
         field = _steering_field(b"".join(m.get("body", b"") for m in messages))
         if field is not None:
-            rule = f"{self._path(scope)} does not take steering; {', '.join(sorted(self.steered))} do"
+            rule = (
+                f"{self._path(scope)} does not take steering; {', '.join(sorted(self.steered))} do"
+            )
             error = SteeringError(*field, rule, reason="unsupported_route")
             metrics.count_rejection(error.reason)
             body = create_error_response(error).model_dump()

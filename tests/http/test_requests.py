@@ -1,0 +1,193 @@
+"""Steering over HTTP, on a real server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from typing import Any
+
+import pytest
+from servers import Server
+
+OCEAN = "Tell me about the ocean."
+
+
+def text(response: Any) -> str:
+    """The answer's text."""
+    assert response.status_code == 200, response.text
+    content: str = response.json()["choices"][0]["message"]["content"]
+    return content
+
+
+def test_an_angle_changes_the_answer_and_the_header_says_so(server: Server) -> None:
+    cheerful, gloomy, plain = (
+        server.chat(steering_angle=0),
+        server.chat(steering_angle=180),
+        server.chat(),
+    )
+    assert len({text(cheerful), text(gloomy)}) == 2
+    header = gloomy.headers["steering"]
+    plane = server.client.get("/v1/steering/planes/sentiment").json()
+    layers = ",".join(map(str, plane["layers"]))
+    assert header == (
+        f'plane="sentiment", angle=180, mode=rotate_to, tokens=all, layers="{layers}", '
+        f'digest="{plane["digest"]}"'
+    )
+    assert "steering" not in plain.headers
+    off = server.chat(steering_angle=0, steering_mode="rotate_by")
+    assert "steering" not in off.headers
+    assert text(off) == text(plain)
+
+
+def test_a_stream_is_steered_and_says_so_before_its_first_word(server: Server) -> None:
+    whole = text(server.chat(steering_angle=180))
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": OCEAN}],
+        "max_tokens": 16,
+        "temperature": 0,
+        "stream": True,
+        "steering_angle": 180,
+    }
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert "angle=180" in response.headers["steering"]
+        pieces = [
+            json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")
+        ]
+    words = [piece["choices"][0]["delta"].get("content") or "" for piece in pieces]
+    assert "".join(words) == whole
+
+
+def test_text_completions_and_vllm_xargs_carry_steering(server: Server) -> None:
+    def complete(**fields: Any) -> Any:
+        body = {"model": "smollm2", "prompt": "The ocean is", "max_tokens": 16, "temperature": 0}
+        return server.client.post("/v1/completions", json={**body, **fields})
+
+    flat = complete(steering_angle=180)
+    nested = complete(vllm_xargs={"steering_angle": 180})
+    plain = complete()
+    words = [r.json()["choices"][0]["text"] for r in (flat, nested, plain)]
+    assert words[0] == words[1] != words[2]
+    assert flat.headers["steering"] == nested.headers["steering"]
+    listed = server.chat(steering=[{"plane": "sentiment", "angle": 180}])
+    assert text(listed) == text(server.chat(steering_angle=180))
+
+
+def test_three_choices_are_three_steered_choices(server: Server) -> None:
+    alone = text(server.chat(steering_angle=180))
+    response = server.chat(steering_angle=180, n=3, top_k=1, temperature=1)
+    assert response.status_code == 200
+    assert "angle=180" in response.headers["steering"]
+    answers = [choice["message"]["content"] for choice in response.json()["choices"]]
+    assert answers == [alone] * 3
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"steering_angle": "x"}, "steering_angle", "'x'"),
+    ({"steering_angle": float("nan")}, "steering_angle", "nan"),
+    ({"steering_angle": float("inf")}, "steering_angle", "inf"),
+    ({"steering_angle": 361}, "steering_angle", "361"),
+    ({"steering_plane": "sentiment"}, "steering_angle", "null"),
+    ({"steering_plane": "no", "steering_angle": 1}, "steering_plane", "'no'"),
+    ({"steering_mode": "turn", "steering_angle": 1}, "steering_mode", "'turn'"),
+    ({"steering_foo": 7}, "steering_foo", "7"),
+    ({"vllm_xargs": {"steering_foo": 7}}, "steering_foo", "7"),
+    ({"steering_angle": 1, "vllm_xargs": {"steering_angle": 2}}, "steering_angle", "1"),
+    ({"steering_angle": 1, "use_beam_search": True, "n": 2}, "use_beam_search", "True"),
+    ({"steering": [{"angle": 1}, {"angle": 2}]}, "steering", "angle"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("fields", "field", "value"), BAD, ids=[str(b[0]) for b in BAD])
+def test_bad_input_is_a_400_with_field_value_and_rule(
+    server: Server, fields: dict[str, Any], field: str, value: str, stream: bool
+) -> None:
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": OCEAN}],
+        "stream": stream,
+        **fields,
+    }
+    # httpx's own encoder refuses NaN, which a client may well send.
+    response = server.client.post(
+        "/v1/chat/completions",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field} = ")
+    assert value in error["message"]
+    assert "steering" not in response.headers
+
+
+def test_bad_requests_leave_their_batchmates_alone(server: Server) -> None:
+    angles = [0, 60, 120, 180]
+    alone = [text(server.chat(steering_angle=angle)) for angle in angles]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        good = [pool.submit(server.chat, steering_angle=angle) for angle in angles]
+        bad = [pool.submit(server.chat, steering_angle=361) for _ in range(8)]
+        assert [f.result().status_code for f in bad] == [400] * 8
+        assert [text(f.result()) for f in good] == alone
+    assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/invocations", {"model": "smollm2", "prompt": "a", "steering_angle": 1}),
+        ("/v1/responses", {"model": "smollm2", "input": "a", "steering_angle": 1}),
+        ("/tokenize", {"model": "smollm2", "prompt": "a", "steering_foo": 1}),
+        ("/v1/chat/completions/batch", {"model": "smollm2", "steering": []}),
+    ],
+)
+def test_a_route_that_would_drop_steering_refuses_it(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    response = server.client.post(path, json=body)
+    assert response.status_code == 400
+    assert "does not take steering" in response.json()["error"]["message"]
+    unsteered = {k: v for k, v in body.items() if not k.startswith("steering")}
+    assert "does not take steering" not in server.client.post(path, json=unsteered).text
+
+
+def test_planes_are_listed(server: Server) -> None:
+    (card,) = server.client.get("/v1/steering/planes").json()["data"]
+    detail = server.client.get(f"/v1/steering/planes/{card['id']}").json()
+    assert card["id"] == "sentiment"
+    assert card["default_mode"] == "rotate_to"
+    assert card.items() <= detail.items()
+    assert detail["extraction"]["n"] >= 80
+    missing = server.client.get("/v1/steering/planes/none")
+    assert missing.status_code == 404
+    assert "loaded: sentiment" in missing.json()["error"]["message"]
+
+
+def test_openapi_has_the_fields(server: Server) -> None:
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest"):
+        fields = schemas[name]["properties"]
+        assert {"steering_angle", "steering_plane", "steering_mode", "steering"} <= fields.keys()
+        assert "degrees" in fields["steering_angle"]["description"].lower()
+
+
+def test_metrics_count_what_was_steered_and_what_was_refused(server: Server) -> None:
+    labels = {"plane": "sentiment", "mode": "rotate_to", "outcome": "ok"}
+
+    def counts() -> tuple[float, float, float]:
+        return (
+            server.metric("steering_requests_total", **labels),
+            server.metric("steering_tokens_total", plane="sentiment"),
+            server.metric("steering_rejections_total", reason="bad_angle"),
+        )
+
+    before = counts()
+    usage = server.chat(steering_angle=10).json()["usage"]
+    server.chat()
+    server.chat(steering_angle=361)
+    after = counts()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, usage["total_tokens"], 1]
+    generated = server.chat(steering_angle=10, steering_tokens="generated").json()["usage"]
+    assert counts()[1] - after[1] == generated["completion_tokens"]
