@@ -1,0 +1,94 @@
+"""The ledger: what is applied is what it says, on a vLLM that is as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from steering_server.engine import patches, plugin
+from steering_server.engine.patches import OVERRIDES, PATCHES, Override, Patch, PatchError
+from steering_server.engine.retype import retype
+
+
+def marked(patch: Patch) -> object:
+    """The patch that its target carries now."""
+    _, _, attribute = patches._resolve(patch.target)
+    return getattr(patches._plain(attribute), "_steering_patch", None)
+
+
+def test_what_is_applied_is_the_ledger() -> None:
+    plugin.register()
+    assert [marked(patch) for patch in PATCHES] == list(PATCHES)
+    before = [patches._resolve(patch.target)[2] for patch in PATCHES]
+    plugin.register()
+    assert [patches._resolve(patch.target)[2] for patch in PATCHES] == before
+
+
+@pytest.mark.parametrize("entry", [*PATCHES, *OVERRIDES], ids=lambda e: e.target)
+def test_every_entry_says_why_and_fits_this_vllm(entry: Patch | Override) -> None:
+    assert len(entry.why) > 20
+    assert entry.parameters
+    patches.check(entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target": "vllm.v1.worker.gpu_worker:Worker.load_the_model"}, "does not exist"),
+        ({"target": "vllm.v1.worker.gpu_worker:Labourer.load_model"}, "does not exist"),
+        ({"parameters": ("self", "model_name")}, r"lacks \['model_name'\]"),
+    ],
+)
+def test_a_vllm_that_is_not_as_the_ledger_says_is_refused(
+    change: dict[str, object], named: str
+) -> None:
+    entry = next(p for p in PATCHES if p.target.endswith("Worker.load_model"))
+    with pytest.raises(PatchError, match=named):
+        patches.check(dataclasses.replace(entry, **change))  # type: ignore[arg-type]
+
+
+def test_a_target_has_one_patch() -> None:
+    plugin.register()
+    other = dataclasses.replace(PATCHES[0], why="something else altogether")
+    with pytest.raises(PatchError, match="already patched"):
+        patches._wrap(other)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
+def test_another_version_of_vllm_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(plugin.UnsupportedVersionError, match=version):
+        plugin.register()
+
+
+def test_a_build_of_a_supported_version_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.0rc1+cu130")
+    plugin.register()
+
+
+def test_an_object_is_retyped_once() -> None:
+    def louder(cls: type) -> type:
+        class Louder(cls):  # type: ignore[misc]
+            def say(self) -> str:
+                return str(super().say().upper())
+
+        return Louder
+
+    class Voice:
+        def say(self) -> str:
+            return "hello"
+
+    voice, other = Voice(), Voice()
+    retype(voice, louder)
+    assert voice.say() == "HELLO"
+    assert other.say() == "hello"
+    assert isinstance(voice, Voice)
+    with pytest.raises(RuntimeError, match="retyped"):
+        retype(voice, louder)
