@@ -104,6 +104,7 @@ def test_what_is_admitted_is_admitted_again(loaded: dict[str, Plane]) -> None:
         ({"steering_foo": 1}, "steering_foo", "unknown_field"),
         ({"steeringangle": 1}, "steeringangle", "unknown_field"),
         ({"steering": "bare"}, "steering", "bad_list"),
+        ({"steering": '"bare"'}, "steering", "bad_list"),
         ({"steering": [3]}, "steering[0]", "bad_list"),
         ({"steering": [{"plane": "bare", "degrees": 3}]}, "steering[0].degrees", "unknown_field"),
         ({"steering": [{"plane": "bare", "angle": 400}]}, "steering[0].angle", "bad_angle"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,8 +70,54 @@ def test_text_completions_and_vllm_xargs_carry_steering(server: Server) -> None:
     words = [r.json()["choices"][0]["text"] for r in (flat, nested, plain)]
     assert words[0] == words[1] != words[2]
     assert flat.headers["steering"] == nested.headers["steering"]
-    listed = server.chat(steering=[{"plane": "sentiment", "angle": 180}])
-    assert text(listed) == text(server.chat(steering_angle=180))
+    items = [{"plane": "sentiment", "angle": 180}]
+    for listed in (
+        server.chat(steering=items),
+        server.chat(vllm_xargs={"steering": json.dumps(items), "other": 3}),
+    ):
+        assert text(listed) == text(server.chat(steering_angle=180))
+
+
+MESSAGES = [{"role": "user", "content": OCEAN}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "read"),
+    [
+        (
+            "/v1/responses",
+            {"input": OCEAN, "max_output_tokens": 16},
+            lambda r: r["output"][-1]["content"][0]["text"],
+        ),
+        (
+            "/v1/messages",
+            {"messages": MESSAGES, "max_tokens": 16},
+            lambda r: r["content"][0]["text"],
+        ),
+        (
+            "/v1/chat/completions/batch",
+            {"messages": [MESSAGES, MESSAGES], "max_tokens": 16},
+            lambda r: r["choices"][1]["message"]["content"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["fields", "vllm_xargs"])
+def test_every_generating_route_is_steered(
+    server: Server, path: str, body: dict[str, Any], read: Callable[[Any], str], nested: bool
+) -> None:
+    def answer(**fields: Any) -> tuple[str, str | None]:
+        given = {"vllm_xargs": fields} if nested and fields else fields
+        sent = {"model": "smollm2", "temperature": 0, **body, **given}
+        response = server.client.post(path, json=sent)
+        assert response.status_code == 200, response.text
+        return read(response.json()), response.headers.get("steering")
+
+    expected = server.chat(steering_angle=180)
+    assert answer(steering_angle=180) == (text(expected), expected.headers["steering"])
+    assert answer() == (text(server.chat()), None)
+    refused = server.client.post(path, json={"model": "smollm2", **body, "steering_angle": 361})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("steering_angle = 361")
 
 
 def test_three_choices_are_three_steered_choices(server: Server) -> None:
@@ -138,9 +185,8 @@ def test_bad_requests_leave_their_batchmates_alone(server: Server) -> None:
     ("path", "body"),
     [
         ("/invocations", {"model": "smollm2", "prompt": "a", "steering_angle": 1}),
-        ("/v1/responses", {"model": "smollm2", "input": "a", "steering_angle": 1}),
         ("/tokenize", {"model": "smollm2", "prompt": "a", "steering_foo": 1}),
-        ("/v1/chat/completions/batch", {"model": "smollm2", "steering": []}),
+        ("/v1/messages/count_tokens", {"model": "smollm2", "messages": [], "steering": []}),
     ],
 )
 def test_a_route_that_would_drop_steering_refuses_it(

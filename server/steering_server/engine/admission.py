@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,12 @@ def parse(fields: Mapping[str, Any]) -> list[Ask]:
     if given:
         rule = f"excludes the flat fields, got {', '.join(f'steering_{name}' for name in given)}"
         raise SteeringError(EXTRA_ARG, items, rule, reason="conflicting_fields")
+    if isinstance(items, str):  # vllm_xargs holds no objects, but it does hold text.
+        try:
+            items = json.loads(items)
+        except ValueError as error:
+            rule = f"as text it must be JSON: {error}"
+            raise SteeringError(EXTRA_ARG, fields[EXTRA_ARG], rule, reason="bad_list") from None
     if not isinstance(items, Sequence) or isinstance(items, str):
         raise SteeringError(EXTRA_ARG, items, "must be a list of objects", reason="bad_list")
     return [_item(i, item) for i, item in enumerate(items)]

@@ -9,20 +9,31 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import State
+from vllm.entrypoints.anthropic import api_router as messages
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion import api_router as chat
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses import api_router as responses
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from steering_server.engine.requests import admission_of
 from steering_server.http import header, planes
 from steering_server.http.fields import with_steering
 from steering_server.http.guard import Guard
 
-STEERED: dict[str, tuple[APIRouter, type]] = {
+STEERED: dict[str, tuple[APIRouter, type[BaseModel]]] = {
     "/v1/chat/completions": (chat.router, ChatCompletionRequest),
+    "/v1/chat/completions/batch": (chat.router, BatchChatCompletionRequest),
     "/v1/completions": (completion.router, CompletionRequest),
+    "/v1/messages": (messages.router, AnthropicMessagesRequest),
+    "/v1/responses": (responses.router, ResponsesRequest),
 }
 """Path -> vLLM's router that defines it, and its request model."""
 
@@ -60,7 +71,7 @@ def _route(router: APIRouter, path: str) -> APIRoute:
 
 
 def steered(
-    endpoint: Callable[..., Awaitable[Response]], request_class: type
+    endpoint: Callable[..., Awaitable[Response]], request_class: type[BaseModel]
 ) -> Callable[..., Awaitable[Response]]:
     """vLLM's handler, with the steering fields admitted before and reported after.
 
@@ -71,6 +82,7 @@ def steered(
     async def handler(request: Any, raw_request: Request) -> Response:
         admission = planes.admission(raw_request)
         rotations = admission.admit(request.steering_args())
+        request.carry(rotations)
         response = await endpoint(request, raw_request)
         if rotations and response.status_code < 400:
             response.headers[header.NAME] = header.header(rotations, admission.planes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
@@ -13,7 +15,7 @@ from steering_server.engine.admission import (
     parse,
     steering_fields,
 )
-from steering_server.rotation import EXTRA_ARG, Mode, Tokens
+from steering_server.rotation import EXTRA_ARG, Mode, Rotation, Tokens
 
 Degrees = Annotated[float, Field(ge=-MAX_DEGREES, le=MAX_DEGREES, allow_inf_nan=False)]
 Threshold = Annotated[float, Field(allow_inf_nan=False)]
@@ -79,16 +81,20 @@ class SteeringFields(BaseModel):
         return data
 
     def steering_args(self) -> dict[str, Any]:
-        """The steering fields as given, for ``SamplingParams.extra_args``."""
-        given = self.model_dump(include=self.model_fields_set)
-        return requested(given)
+        """The steering fields as given, wherever they were."""
+        return requested(self.model_dump(include={*self.model_fields_set, "vllm_xargs"}))
 
-    def to_sampling_params(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's sampling parameters, with the steering fields among their ``extra_args``."""
-        params = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
-        if fields := self.steering_args():
-            params.extra_args = {**(params.extra_args or {}), **fields}
-        return params
+    def carry(self, rotations: Sequence[Rotation]) -> None:
+        """Put admitted rotations where every handler of vLLM passes them on to the engine.
+
+        ``vllm_xargs`` is the one field that all of them turn into ``SamplingParams.extra_args``,
+        also where they build another kind of request first.
+        """
+        xargs: dict[str, Any] | None = getattr(self, "vllm_xargs", None)
+        kept = {k: v for k, v in (xargs or {}).items() if k not in steering_fields({k: v})}
+        if rotations:
+            kept[EXTRA_ARG] = json.dumps([r.to_wire() for r in rotations])
+        self.vllm_xargs = kept or None
 
 
 def requested(body: dict[str, Any]) -> dict[str, Any]:
