@@ -20,7 +20,7 @@ ifeq ($(BACKEND),cpu)
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 endif
 
-.PHONY: help setup serve demo load test test-slow check format clean
+.PHONY: help setup serve demo load test test-slow compat check format clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ test: $(STAMP) ## Run the tests that CI runs.
 
 test-slow: $(STAMP) ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)
+
+compat: $(STAMP) ## Check another vLLM's source, VLLM_SRC, against the ledger.
+	$(BIN)/python -m steering_server.engine.compat "$(VLLM_SRC)"
 
 check: $(STAMP) ## Formatting, lint, types.
 	$(BIN)/ruff format --check .

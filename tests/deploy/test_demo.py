@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from servers import Server
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,7 +85,7 @@ def test_without_a_server_it_says_so_and_fails() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_demo_answers_at_every_angle(server: Any) -> None:
+def test_demo_answers_at_every_angle(server: Server) -> None:
     done = main("--url", server.url, "--max-tokens", "8")
     assert done.returncode == 0, done.stderr
     for angle in (0, 30, 60, 90, 120, 150, 180):

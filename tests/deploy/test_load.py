@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from servers import Server
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -278,8 +281,8 @@ def test_without_a_server_it_says_so_and_fails() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_load_runs_clean(server: Any) -> None:
-    sizes = "--rounds 2 --num-prompts 4 --concurrency 2 --input-len 16 --output-len 8".split()
+def test_load_runs_clean(server: Server) -> None:
+    sizes = ["--rounds=2", "--num-prompts=4", "--concurrency=2", "--input-len=16", "--output-len=8"]
     done = main("--host", server.host, "--port", str(server.port), *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (

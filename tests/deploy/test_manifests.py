@@ -128,7 +128,8 @@ ServeSubcommand.cmd = staticmethod(found.append)
 for arguments in json.loads(sys.argv[1]):
     serve(arguments)
 wanted = "model_tag port host steering_plane shutdown_timeout".split()
-sys.stdout.write("\\n" + json.dumps([{k: getattr(a, k) for k in wanted} for a in found], default=str))
+parsed = [{k: getattr(args, k) for k in wanted} for args in found]
+sys.stdout.write("\\n" + json.dumps(parsed, default=str))
 """
     servers = ("kubernetes", *SERVERS)
     done = subprocess.run(

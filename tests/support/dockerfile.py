@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-KNOWN = frozenset("ARG CMD COPY ENTRYPOINT ENV EXPOSE FROM RUN USER WORKDIR".split())
+KNOWN = {"ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "RUN", "USER", "WORKDIR"}
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 

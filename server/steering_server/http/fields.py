@@ -82,7 +82,8 @@ class SteeringFields(BaseModel):
 
     def steering_args(self) -> dict[str, Any]:
         """The steering fields as given, wherever they were."""
-        return requested(self.model_dump(include={*self.model_fields_set, "vllm_xargs"}))
+        # Unset stays unset: a null gate means "no gate", an absent one the plane's.
+        return requested(self.model_dump(include={*_NAMES, "vllm_xargs"}, exclude_unset=True))
 
     def carry(self, rotations: Sequence[Rotation]) -> None:
         """Put admitted rotations where every handler of vLLM passes them on to the engine.
@@ -97,6 +98,9 @@ class SteeringFields(BaseModel):
         self.vllm_xargs = kept or None
 
 
+_NAMES = frozenset(SteeringFields.model_fields)
+
+
 def requested(body: dict[str, Any]) -> dict[str, Any]:
     """The steering fields of a request's body, its ``vllm_xargs`` included.
 
@@ -109,14 +113,6 @@ def requested(body: dict[str, Any]) -> dict[str, Any]:
     for key in own.keys() & nested.keys():
         rule = f"given twice, also as vllm_xargs.{key}"
         raise SteeringError(key, own[key], rule, reason="conflicting_fields")
-    if EXTRA_ARG in own and isinstance(own[EXTRA_ARG], list):
-        # A dumped item spells its absent fields out as null; a null gate means "no gate".
-        own[EXTRA_ARG] = [
-            {k: v for k, v in item.items() if v is not None or k == "gate"}
-            if isinstance(item, dict)
-            else item
-            for item in own[EXTRA_ARG]
-        ]
     return {**own, **nested}
 
 
