@@ -37,12 +37,12 @@ def serve(arguments: list[str]) -> None:
     vLLM's parser is used as it is: every flag of this vLLM is there, and the plugin adds its own.
     """
     enable_plugin()
+    # What vLLM's own command sets; the helper that does so moved between 0.32 and 0.33.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
     parser = FlexibleArgumentParser(prog="steering")
     command = ServeSubcommand()
     subparser = command.subparser_init(parser.add_subparsers(dest="subparser"))
