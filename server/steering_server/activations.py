@@ -46,7 +46,7 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], side: str) -> 
 def hooked(
     modules: dict[Site, nn.Module], act: Callable[[Site, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call `act(site, output)` on every norm's output; what it returns, if not None, replaces it."""
+    """Call `act(site, output)` on each norm's output; it is replaced by what that returns."""
 
     def hook_of(site: Site) -> Callable[..., Tensor | None]:
         return lambda module, inputs, output: act(site, output)

@@ -28,7 +28,7 @@ _DEGENERATE = 1e-4
 
 
 class CalibrationError(ValueError):
-    """The activations can't give a plane: malformed, without contrast, or nowhere discriminative."""
+    """The activations give no plane: malformed, without contrast, or nowhere discriminative."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,8 @@ def discriminative_sites(
 def format_confounds(positive: Sequence[str], negative: Sequence[str]) -> list[str]:
     """Warnings, one line each, where two sets of prompts differ by form rather than by content.
 
-    A wrapper around one set only becomes part of the direction (SS's harmless set has one). Compared
-    are openings and closings of three words, the last character, and the number of words.
+    A wrapper around one set only becomes part of the direction (SS's harmless set has one).
+    Compared are openings and closings of three words, the last character, and the word count.
     """
     forms: dict[str, Callable[[str], str]] = {
         "begin with": lambda text: " ".join(text.split()[:3]),

@@ -55,6 +55,27 @@ class Engine:
             self.llm.generate(inputs, self._params(fields, tokens), use_tqdm=False)
         )
 
+    def score(
+        self,
+        prompts: Sequence[list[int]],
+        fields: Sequence[Mapping[str, Any] | None],
+        tokens: int,
+    ) -> list[tuple[list[int], list[float]]]:
+        """For each prompt its ids and the generated ones, and the log-probability of each but
+        the first."""
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        params = self._params(fields, tokens)
+        for each in params:
+            each.prompt_logprobs = 0
+            each.detokenize = False
+        scored = []
+        for output in self.llm.generate(inputs, params, use_tqdm=False):
+            (choice,) = output.outputs
+            ids = [*output.prompt_token_ids, *choice.token_ids]
+            steps = [*output.prompt_logprobs[1:], *choice.logprobs]
+            scored.append((ids, [s[t].logprob for t, s in zip(ids[1:], steps, strict=True)]))
+        return scored
+
     def forget(self) -> None:
         """Empty the prefix cache, as on a fresh engine."""
         assert self.llm.reset_prefix_cache()
@@ -119,7 +140,7 @@ def start(
         "block_size": BLOCK,
         **options,
     }
-    with environment(v2_environment() if v2 else {}):
+    with environment(v2_environment() if v2 else {}), _triton_here(v2):
         engine = Engine(
             LLM(
                 str(model),
@@ -138,6 +159,15 @@ def v2_environment() -> dict[str, str]:
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(INTERPRETER),
     }
+
+
+@contextmanager
+def _triton_here(present: bool) -> Iterator[None]:
+    """This process makes a V2 engine's configuration, which asks for Triton, but runs no kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if present:
+            patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        yield
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from steering_server.cli.calibrate import calibrate
+
 app = typer.Typer(
     name="steering",
     help="Serve language models whose behaviour a request can dial by an angle.",
@@ -38,12 +40,24 @@ def serve(
     command.serve(arguments or [])
 
 
+app.command()(calibrate)
+
+
 def main() -> None:
     """Run the command; an error that is the user's to mend is one line, not a traceback."""
     from steering_planes import PlaneError, SitesNotFoundError
+    from steering_planes.calibration import CalibrationError
+    from steering_planes.contrast import ContrastSetError
     from steering_server.engine.settings import SettingsError
 
     try:
         app()
-    except (PlaneError, SettingsError, SitesNotFoundError) as error:
+    except (
+        CalibrationError,
+        ContrastSetError,
+        FileExistsError,
+        PlaneError,
+        SettingsError,
+        SitesNotFoundError,
+    ) as error:
         sys.exit(f"steering: error: {error}")

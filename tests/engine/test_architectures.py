@@ -1,0 +1,62 @@
+"""Every architecture, by role: tiny random models against transformers with hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import tiny
+import torch
+from oracle import Oracle, Turn
+from planes import random_plane
+
+PROMPT = [1, *range(10, 50, 3)]
+TURNS = [("rotate_by", 100.0), ("rotate_to", 200.0)]
+
+
+def check(name: str, folder: Path, *, v2: bool) -> None:
+    """Prompt and generated log-probabilities, steered at every role of two layers."""
+    kind = tiny.ARCHITECTURES[name]
+    model = tiny.make(name, folder / "model")
+    plane = random_plane(
+        folder / "plane",
+        [f"{layer}.{role}" for layer in (1, 2) for role in kind.norms],
+        base_model_name_or_path="tiny/model",
+        model_type=model.config.model_type,
+        hidden_size=tiny.HIDDEN,
+        num_layers=tiny.LAYERS,
+    )
+    oracle = Oracle(model, kind.norms)
+    starting = engines.start(
+        folder / "model",
+        {"tiny": plane},
+        v2=v2,
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        max_num_seqs=8,
+    )
+    for engine in starting:
+        fields: list[dict[str, Any] | None] = [
+            {"steering_mode": mode, "steering_angle": angle} for mode, angle in TURNS
+        ]
+        outputs = engine.score([PROMPT] * 3, [*fields, None], 8)
+    turns = [[Turn(plane, angle, mode)] for mode, angle in TURNS]
+    for (ids, logprobs), steering in zip(outputs, [*turns, []], strict=True):
+        truth = oracle.logprobs(ids, steering, len(PROMPT))
+        expected = truth[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+    plain = torch.tensor(outputs[2][1][: len(PROMPT) - 1])
+    for _, logprobs in outputs[:2]:
+        assert float((torch.tensor(logprobs[: len(plain)]) - plain).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_v1_equals_transformers(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path, v2=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_v2_equals_transformers(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path, v2=True)
