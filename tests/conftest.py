@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import engines
 import pytest
+
+import engines
 import servers
 from oracle import Oracle
-
 from planes import random_plane
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servers import command
 
 from planes import random_plane
+from servers import command
 from steering_planes import PlaneError
 from steering_server.cli.serve import enable_plugin
 from steering_server.engine.settings import Settings, SettingsError

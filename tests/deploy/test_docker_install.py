@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from dockerfile import Dockerfile, run
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dockerfile import Dockerfile
 from packaging.requirements import Requirement
+
+from dockerfile import Dockerfile
 
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]

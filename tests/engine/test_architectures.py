@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import engines
 import pytest
-import tiny
 import torch
+
+import engines
+import tiny
 from oracle import Oracle, Turn
 from planes import random_plane
 

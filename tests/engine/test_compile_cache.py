@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import engines
 import pytest
+
+import engines
 from engines import Engine
 from oracle import Oracle, Turn, assert_greedy
-
 from planes import random_plane
 
 

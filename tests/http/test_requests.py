@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from servers import Server
 
 OCEAN = "Tell me about the ocean."

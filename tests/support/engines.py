@@ -37,23 +37,17 @@ class Engine:
         self.llm = llm
 
     def chat(
-        self, prompts: Sequence[str], fields: Sequence[Mapping[str, Any] | None], tokens: int
+        self,
+        prompts: Sequence[str],
+        fields: Sequence[Mapping[str, Any] | None],
+        tokens: int,
+        *,
+        ignore_eos: bool = True,
     ) -> list[Answer]:
         """One answer for each prompt, with the steering fields beside it, all in one batch."""
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return self._answers(self.llm.chat(messages, self._params(fields, tokens), use_tqdm=False))
-
-    def complete(
-        self,
-        prompts: Sequence[list[int]],
-        fields: Sequence[Mapping[str, Any] | None],
-        tokens: int,
-    ) -> list[Answer]:
-        """As :meth:`chat`, from token ids."""
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        return self._answers(
-            self.llm.generate(inputs, self._params(fields, tokens), use_tqdm=False)
-        )
+        params = self._params(fields, tokens, ignore_eos)
+        return self._answers(self.llm.chat(messages, params, use_tqdm=False))
 
     def score(
         self,
@@ -85,14 +79,16 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
 
     @staticmethod
-    def _params(fields: Sequence[Mapping[str, Any] | None], tokens: int) -> list[Any]:
+    def _params(
+        fields: Sequence[Mapping[str, Any] | None], tokens: int, ignore_eos: bool = True
+    ) -> list[Any]:
         from vllm import SamplingParams
 
         return [
             SamplingParams(
                 temperature=0.0,
                 max_tokens=tokens,
-                ignore_eos=True,
+                ignore_eos=ignore_eos,
                 logprobs=0,
                 extra_args=None if f is None else dict(f),
             )
