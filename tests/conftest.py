@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from servers import Server
 
 REPOSITORY = Path(__file__).parents[1]
-SENTIMENT = Path("/tmp/w/toy")
+SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
 
 
 @pytest.fixture(scope="session", autouse=True)

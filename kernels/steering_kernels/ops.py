@@ -10,7 +10,7 @@ from steering_kernels.rows import ROW_WIDTH
 
 
 def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """Rotate activations [T, d] in the planes of ``bank`` [slots, 2, d] as ``rows`` [T, planes, 5] say.
+    """Rotate activations [T, d] in planes [slots, 2, d], as rows [T, planes, 5] say.
 
     The plain torch form serves every device: traced into the model's graph it is fused by Inductor
     with the norm before it.

@@ -90,9 +90,10 @@ def test_sixteen_angles_in_a_batch_are_sixteen_requests_alone(engine: Engine, to
     assert len({tuple(a.tokens) for a in together}) > 8, "the angles make no difference"
 
 
-@pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
+# Against the plain V1 runner: to the last digits on V1, to another kernel's rounding on V2.
+@pytest.mark.parametrize(("engine", "tolerance"), [("v1", 1e-6), ("v2", 1e-4)], indirect=["engine"])
 def test_unsteered_requests_among_steered_ones_are_plain_vllm(
-    engine: Engine, plain: Engine, oracle: Oracle
+    engine: Engine, tolerance: float, plain: Engine, oracle: Oracle
 ) -> None:
     # The same batch on both engines, so that not even the shape of a matrix differs.
     off = {"steering_plane": "wide", "steering_angle": 0, "steering_mode": "rotate_by"}
@@ -105,7 +106,7 @@ def test_unsteered_requests_among_steered_ones_are_plain_vllm(
             assert answer.logprobs != pytest.approx(unsteered.logprobs, abs=1e-2)
         else:
             assert answer.tokens == unsteered.tokens
-            assert answer.logprobs == pytest.approx(unsteered.logprobs, abs=1e-6)
+            assert answer.logprobs == pytest.approx(unsteered.logprobs, abs=tolerance)
 
 
 def test_compiled_and_eager_agree(v1: Engine, v1_compiled: Engine) -> None:

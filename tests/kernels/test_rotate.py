@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,12 @@ def test_shapes_that_do_not_fit_are_named(
 def test_norms_are_kept_on_a_real_prompt(
     smollm2: Path, planes: dict[str, Path], dtype: torch.dtype, limit: float
 ) -> None:
-    """Every steered site and token of a prompt through the real model, in each dtype."""
+    """Every steered site and token of a prompt, through the real model in each dtype.
+
+    One element holds up to 0.7 of the squared norm of this model's activations, and rounding that
+    one to bf16 moves the norm by up to 2.6e-3 whatever computed it. So the limit is on what the
+    rotation adds to the single rounding of the exact answer, which in fp32 is nothing.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
@@ -124,22 +130,25 @@ def test_norms_are_kept_on_a_real_prompt(
     ids = tokenizer(text, return_tensors="pt").input_ids
     plane = Plane.load(planes["sentiment"])
     norms = find_sites(model, plane.config.num_layers)
-    worst, seen = 0.0, 0
+    added: list[Tensor] = []
 
-    def steer(basis: Tensor):
+    def steer(basis: Tensor) -> Callable[..., Tensor]:
         def hook(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
-            nonlocal worst, seen
-            h = output[0]
-            angles = torch.linspace(0, 359, len(h))
-            rows = as_rows(
+            h = output[0]  # [T, d]
+            modes = [Mode.ROTATE_TO if i % 2 else Mode.ROTATE_BY for i in range(len(h))]
+            angles = torch.linspace(0, 359, len(h)).tolist()
+            rows = [encode_row(m, a, 0) for m, a in zip(modes, angles, strict=True)]
+            out = rotate(h, basis[None], as_rows(rows))
+            exact = torch.cat(
                 [
-                    encode_row(Mode.ROTATE_TO if i % 2 else Mode.ROTATE_BY, float(a), 0)
-                    for i, a in enumerate(angles)
+                    TRUTH[m](h[i : i + 1], basis, a)
+                    for i, (m, a) in enumerate(zip(modes, angles, strict=True))
                 ]
             )
-            out = rotate(h, basis[None], rows)
-            ratio = out.double().norm(dim=-1) / h.double().norm(dim=-1)
-            worst, seen = max(worst, float((ratio - 1).abs().max())), seen + len(h)
+            length = h.double().norm(dim=-1)
+            assert torch.allclose(exact.norm(dim=-1), length, rtol=1e-6)
+            best = length if dtype == torch.float32 else exact.to(dtype).double().norm(dim=-1)
+            added.append((out.double().norm(dim=-1) - best).abs() / length)
             return out[None]
 
         return hook
@@ -148,5 +157,6 @@ def test_norms_are_kept_on_a_real_prompt(
         norms[site].register_forward_hook(steer(plane.bases[site]))
     with torch.no_grad():
         model(ids)
-    assert seen == len(plane.sites) * ids.shape[1]
-    assert worst <= limit
+    assert len(added) == len(plane.sites)
+    assert all(len(each) == ids.shape[1] for each in added)
+    assert float(torch.cat(added).max()) <= limit

@@ -1,4 +1,4 @@
-"""Another version of vLLM against the ledger, read and never imported: ``make compat VLLM_SRC=…``."""
+"""Another vLLM against the ledger, read and never imported: ``make compat VLLM_SRC=…``."""
 
 from __future__ import annotations
 
