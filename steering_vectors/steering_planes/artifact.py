@@ -192,6 +192,8 @@ class Plane:
                 new / TENSORS_FILE,
                 metadata=self._metadata(),
             )
+            # safetensors writes 0600, which a container's other user can't read.
+            (new / TENSORS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)
             if readme is not None:
                 (new / "README.md").write_text(readme, "utf-8")
             old = Path(temporary) / "old"

@@ -139,6 +139,11 @@ def test_save_refuses_an_existing_target_and_leaves_it(folder: Path) -> None:
     assert [child.name for child in folder.parent.iterdir()] == ["mood"]
 
 
+def test_all_files_can_be_read_by_whom_the_config_can(folder: Path) -> None:
+    modes = {(folder / file).stat().st_mode for file in (CONFIG_FILE, TENSORS_FILE)}
+    assert len(modes) == 1
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
