@@ -86,6 +86,6 @@ def engine(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`steering serve` with the bundled plane, as `make serve` starts it, but eager."""
+    """`steering serve` with the bundled plane, as `make serve` starts it, but eager and in fp32."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     yield from servers.serve(smollm2, {"sentiment": SENTIMENT}, log)

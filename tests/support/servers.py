@@ -80,7 +80,7 @@ def serve(
     flags = [f for name, path in planes.items() for f in ("--steering-plane", f"{name}={path}")]
     words = [
         command("steering"), "serve", str(model), "--served-model-name", "smollm2", *flags,
-        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager",
+        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32",
         "--max-model-len", "1024", "--max-num-seqs", "32", *arguments,
     ]  # fmt: skip
     with log.open("w") as output:
