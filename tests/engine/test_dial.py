@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engines import Engine
 
+from engines import Engine
 from steering_server.evaluation.sentiment import mean_compound, ngram_repetition, spearman
 
 HELD_OUT = Path(__file__).parents[2] / "steering_vectors/contrast_sets/sentiment_heldout.jsonl"
