@@ -182,6 +182,8 @@ def default_environment(cache: Path) -> None:
         VLLM_NO_USAGE_STATS="1",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        # Whichever of setuptools and distutils is imported first here, the other must not mind.
+        SETUPTOOLS_USE_DISTUTILS="stdlib",
         # Compiled graphs of other runs and other trees must not be found.
         VLLM_CACHE_ROOT=str(cache),
     )
