@@ -13,6 +13,8 @@ import tiny
 from oracle import Oracle, Turn
 from planes import random_plane
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [1, *range(10, 50, 3)]
 TURNS = [("rotate_by", 100.0), ("rotate_to", 200.0)]
 

@@ -59,8 +59,8 @@ def check(oracle: Oracle, answer: Answer, turns: list[Turn]) -> None:
     [
         ("v1", "sentiment"),
         ("v1", "wide"),
-        ("v1_compiled", "sentiment"),
-        ("v1_compiled", "wide"),
+        pytest.param("v1_compiled", "sentiment", marks=pytest.mark.slow),
+        pytest.param("v1_compiled", "wide", marks=pytest.mark.slow),
         ("v2", "sentiment"),
     ],
     indirect=["engine"],
@@ -91,7 +91,11 @@ def test_sixteen_angles_in_a_batch_are_sixteen_requests_alone(engine: Engine, to
 
 
 # Against the plain V1 runner: to the last digits on V1, to another kernel's rounding on V2.
-@pytest.mark.parametrize(("engine", "tolerance"), [("v1", 1e-6), ("v2", 1e-4)], indirect=["engine"])
+@pytest.mark.parametrize(
+    ("engine", "tolerance"),
+    [("v1", 1e-6), pytest.param("v2", 1e-4, marks=pytest.mark.slow)],
+    indirect=["engine"],
+)
 def test_unsteered_requests_among_steered_ones_are_plain_vllm(
     engine: Engine, tolerance: float, plain: Engine, oracle: Oracle
 ) -> None:
@@ -109,6 +113,7 @@ def test_unsteered_requests_among_steered_ones_are_plain_vllm(
             assert answer.logprobs == pytest.approx(unsteered.logprobs, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_agree(v1: Engine, v1_compiled: Engine) -> None:
     fields = [{"steering_plane": "sentiment", "steering_angle": 45 * i} for i in range(8)]
     eager, compiled = (e.chat(PROMPTS, fields, TOKENS) for e in (v1, v1_compiled))

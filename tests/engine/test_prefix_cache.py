@@ -28,7 +28,12 @@ def ask(engine: Engine, fields: dict[str, Any] | None) -> Answer:
 # The scheduler, which hashes, is the same for both runners; V2 is asked once.
 @pytest.mark.parametrize(
     ("engine", "first", "second"),
-    [("v1", A, PLAIN), ("v1", PLAIN, A), ("v1", A, B), ("v2", A, B)],
+    [
+        ("v1", A, PLAIN),
+        ("v1", PLAIN, A),
+        ("v1", A, B),
+        pytest.param("v2", A, B, marks=pytest.mark.slow),
+    ],
     ids=["v1-A-plain", "v1-plain-A", "v1-A-B", "v2-A-B"],
     indirect=["engine"],
 )
