@@ -10,12 +10,14 @@ import pytest
 
 import engines
 import servers
+import tiny
 from oracle import Oracle
 from planes import random_plane
 
 if TYPE_CHECKING:
     from engines import Engine
     from servers import Server
+    from tiny import Tiny
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
@@ -52,6 +54,12 @@ def oracle(smollm2: Path) -> Oracle:
     from transformers import AutoModelForCausalLM
 
     return Oracle(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A random model of four layers with planes, for what a real one has no time for."""
+    return tiny.steerable("llama", tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,12 @@ class Engine:
         """Empty the prefix cache, as on a fresh engine."""
         assert self.llm.reset_prefix_cache()
 
+    def metric(self, name: str) -> float:
+        """The sum of a counter of vLLM's; needs ``disable_log_stats=False``."""
+        values = [m.value for m in self.llm.get_metrics() if m.name == name]
+        assert values, f"no metric {name}"
+        return float(sum(values))
+
     def close(self) -> None:
         """End the engine's processes."""
         self.llm.llm_engine.engine_core.shutdown()

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from oracle import Oracle
+from planes import random_plane
+
 PRE = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 SANDWICH = {
     "attn_in": "input_layernorm",
@@ -27,7 +30,7 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -104,3 +107,37 @@ def make(name: str, folder: Path) -> Any:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return model
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A saved random model, planes for it, and the truth about both."""
+
+    model: Path
+    planes: dict[str, Path]
+    oracle: Oracle
+
+
+def steerable(name: str, folder: Path) -> Tiny:
+    """A model of an architecture and three planes, at sites that differ, meet and overlap."""
+    kind = ARCHITECTURES[name]
+    model = make(name, folder / "model")
+    roles = list(kind.norms)
+    sites = {
+        "one": [f"1.{roles[0]}", f"2.{roles[-1]}"],
+        "two": [f"{layer}.{role}" for layer in range(LAYERS) for role in roles],
+        "three": [f"{LAYERS - 1}.{roles[0]}", f"2.{roles[-1]}"],
+    }
+    planes = {
+        plane: random_plane(
+            folder / plane,
+            at,
+            seed=seed,
+            base_model_name_or_path="tiny/model",
+            model_type=model.config.model_type,
+            hidden_size=HIDDEN,
+            num_layers=LAYERS,
+        )
+        for seed, (plane, at) in enumerate(sites.items())
+    }
+    return Tiny(folder / "model", planes, Oracle(model, kind.norms))
