@@ -2,76 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-import engines
 import traffic
 from engines import Engine
 from tiny import Tiny
 
-OPTIONS = {
-    "skip_tokenizer_init": True,
-    "max_model_len": 160,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 64,
-    "disable_log_stats": False,
-    # Of 32 tokens each, for sixteen requests of up to 133 tokens: some must give way.
-    "num_gpu_blocks_override": 14,
-    "steering": {"max_planes": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def erratic_v1(tiny_llama: Tiny) -> Iterator[Engine]:
-    yield from engines.start(
-        tiny_llama.model,
-        tiny_llama.planes,
-        scheduler_cls="erratic.ErraticAsyncScheduler",
-        async_scheduling=True,
-        **OPTIONS,
-    )
-
-
-@pytest.fixture(scope="module")
-def erratic_v1_sync(tiny_llama: Tiny) -> Iterator[Engine]:
-    yield from engines.start(
-        tiny_llama.model,
-        tiny_llama.planes,
-        scheduler_cls="erratic.ErraticScheduler",
-        async_scheduling=False,
-        **OPTIONS,
-    )
-
-
-@pytest.fixture(scope="module")
-def erratic_v2(tiny_llama: Tiny) -> Iterator[Engine]:
-    yield from engines.start(
-        tiny_llama.model,
-        tiny_llama.planes,
-        v2=True,
-        scheduler_cls="erratic.ErraticAsyncScheduler",
-        async_scheduling=True,
-        **OPTIONS,
-    )
-
 
 @pytest.mark.parametrize(
     ("engine", "count"),
-    [("erratic_v1", 300), ("erratic_v1_sync", 100), ("erratic_v2", 60)],
+    [("erratic_v1", 300), ("erratic_v2", 50)],
     indirect=["engine"],
 )
 def test_random_traffic_equals_transformers(engine: Engine, count: int, tiny_llama: Tiny) -> None:
     asks = traffic.asks(tiny_llama.planes, count, seed=count)
-    before = engine.metric("vllm:num_preemptions")
+    before = engine.preemptions
     replies = traffic.send(engine, asks, seed=5)
     for ask, reply in zip(asks, replies, strict=True):
         traffic.check(tiny_llama.oracle, ask, reply)
     # What the traffic must have met for this to say anything.
-    assert engine.metric("vllm:num_preemptions") > before
+    assert engine.preemptions > before
     assert sum(reply.cached for reply in replies) > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "count"), [("speculative_v1", 100), ("speculative_v2", 15)], indirect=["engine"]
+)
+def test_random_traffic_verified_several_tokens_at_a_time(
+    engine: Engine, count: int, tiny_llama: Tiny
+) -> None:
+    asks = traffic.asks(tiny_llama.planes, count, seed=count)
+    before = engine.accepted_drafts
+    for ask, reply in zip(asks, traffic.send(engine, asks, seed=6), strict=True):
+        traffic.check(tiny_llama.oracle, ask, reply)
+    assert engine.accepted_drafts > before
 
 
 def test_the_oracle_tells_steerings_apart(tiny_llama: Tiny) -> None:

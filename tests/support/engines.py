@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,28 @@ class Engine:
 
     Args:
         llm: a started ``vllm.LLM``.
+
+    ``preemptions`` and ``accepted_drafts`` count where the engine keeps statistics
+    (``disable_log_stats=False``).
     """
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
+        self.preemptions = 0
+        self.accepted_drafts = 0
+        # Not from Prometheus: a process has one registry, which the engine started last owns.
+        if (manager := llm.llm_engine.logger_manager) is not None:
+            manager.record = self._counted(manager.record)
+
+    def _counted(self, record: Callable[..., None]) -> Callable[..., None]:
+        def counted(*, scheduler_stats: Any, iteration_stats: Any, **rest: Any) -> None:
+            if iteration_stats is not None:
+                self.preemptions += iteration_stats.num_preempted_reqs
+            if scheduler_stats.spec_decoding_stats is not None:
+                self.accepted_drafts += scheduler_stats.spec_decoding_stats.num_accepted_tokens
+            record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **rest)
+
+        return counted
 
     def chat(
         self,
@@ -73,12 +91,6 @@ class Engine:
     def forget(self) -> None:
         """Empty the prefix cache, as on a fresh engine."""
         assert self.llm.reset_prefix_cache()
-
-    def metric(self, name: str) -> float:
-        """The sum of a counter of vLLM's; needs ``disable_log_stats=False``."""
-        values = [m.value for m in self.llm.get_metrics() if m.name == name]
-        assert values, f"no metric {name}"
-        return float(sum(values))
 
     def close(self) -> None:
         """End the engine's processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,13 @@ def fields(turns: Sequence[Turn], planes: Mapping[str, Path]) -> dict[str, Any] 
     return {"steering": items} if items else None
 
 
-def send(engine: Engine, requests: Sequence[Ask], seed: int | None = None) -> list[Reply]:
-    """Every request's reply. With a seed they arrive a few at a time, between steps."""
+def send(
+    engine: Engine,
+    requests: Sequence[Ask],
+    seed: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> list[Reply]:
+    """Every request's reply. With a seed they arrive a few at a time; `between` follows a step."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -131,6 +136,7 @@ def send(engine: Engine, requests: Sequence[Ask], seed: int | None = None) -> li
             for output in core.step():
                 if output.finished:
                     replies[int(output.request_id)] = _reply(output)
+            between()
     return replies
 
 

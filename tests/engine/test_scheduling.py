@@ -1,0 +1,134 @@
+"""Which tokens are steered does not depend on how the scheduler deals them out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+import traffic
+from engines import BLOCK, Engine
+from oracle import Turn
+from tiny import Tiny
+from traffic import Ask
+
+SCOPES = ("all", "prompt", "generated")
+
+
+def ask(tiny: Tiny, length: int, turns: list[Turn], tokens: int = 6, seed: int = 0) -> Ask:
+    """A greedy request with a random prompt."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(3, 256) for _ in range(length)]
+    return Ask(prompt, turns, traffic.fields(turns, tiny.planes), tokens)
+
+
+@pytest.mark.parametrize("engine", ["speculative_v1", "speculative_v2"], indirect=True)
+def test_a_prompt_whose_last_chunk_is_one_token(engine: Engine, tiny_llama: Tiny) -> None:
+    """Two chunks of 32 and a single token: of the prompt, though a step schedules it like a
+    generated one. Its own log-probability is what the first generated token shows."""
+    plane = tiny_llama.planes["two"]
+    for scope in SCOPES:
+        sent = ask(tiny_llama, 65, [Turn(plane, 200, "rotate_to", tokens=scope)])
+        sent = replace(sent, prompt_logprobs=True)
+        engine.forget()
+        (reply,) = traffic.send(engine, [sent])
+        assert reply.cached == 0
+        traffic.check(tiny_llama.oracle, sent, reply)
+        shifted = tiny_llama.oracle.logprobs(sent.prompt, sent.turns, len(sent.prompt) - 1)
+        right = tiny_llama.oracle.logprobs(sent.prompt, sent.turns, len(sent.prompt))
+        if scope != "all":
+            assert float((shifted - right)[-1].abs().max()) > 0.05, "the boundary cannot be seen"
+
+
+# Alone, on the interpreter, is slow: every eighth of them there, and the oracle for all.
+@pytest.mark.parametrize(
+    ("engine", "stride"), [("erratic_v1", 1), ("erratic_v2", 8)], indirect=["engine"]
+)
+def test_preempted_requests_are_what_they_are_alone(
+    engine: Engine, stride: int, tiny_llama: Tiny
+) -> None:
+    planes = sorted(tiny_llama.planes)
+    sent = []
+    for i in range(32):
+        plane = tiny_llama.planes[planes[i % 3]]
+        turns = [Turn(plane, 11.25 * i, "rotate_to", tokens=SCOPES[i // 3 % 3])]
+        sent.append(ask(tiny_llama, 20 + i % 9, turns if i % 5 else [], tokens=30, seed=i))
+    engine.forget()
+    before = engine.preemptions
+    together = traffic.send(engine, sent)
+    preempted = engine.preemptions - before
+    assert preempted > 0
+    for i in range(0, 32, stride):
+        (alone,) = traffic.send(engine, [sent[i]])
+        assert together[i].choices[0].tokens == alone.choices[0].tokens
+    assert engine.preemptions == before + preempted
+    for each, reply in zip(sent, together, strict=True):
+        traffic.check(tiny_llama.oracle, each, reply)
+
+
+def test_thirty_six_angles_compute_a_prompt_once(speculative_v1: Engine, tiny_llama: Tiny) -> None:
+    """Under `generated` a prompt's blocks are everyone's; under `all` each angle has its own."""
+    plane = tiny_llama.planes["two"]
+
+    def sweep(scope: str) -> list[Ask]:
+        return [
+            ask(tiny_llama, 512, [Turn(plane, 10.0 * i, "rotate_to", tokens=scope)], tokens=4)
+            for i in range(36)
+        ]
+
+    for scope in ("generated", "all"):
+        speculative_v1.forget()
+        first, *rest = sweep(scope)
+        replies = [*traffic.send(speculative_v1, [first]), *traffic.send(speculative_v1, rest)]
+        # Of 512 tokens, 16 blocks, the last is computed again for its logits.
+        shared = 512 - BLOCK if scope == "generated" else 0
+        assert [reply.cached for reply in replies] == [0] + [shared] * 35
+        for i, (each, reply) in enumerate(zip(sweep(scope), replies, strict=True)):
+            traffic.check(tiny_llama.oracle, each, reply)
+            # What was not shared was computed afresh anyway.
+            if scope == "generated" or i % 6 == 0:
+                speculative_v1.forget()
+                (fresh,) = traffic.send(speculative_v1, [each])
+                assert fresh.cached == 0
+                assert fresh.choices[0].tokens == reply.choices[0].tokens
+
+
+def test_a_salt_isolates_equal_steerings(speculative_v1: Engine, tiny_llama: Tiny) -> None:
+    from vllm import SamplingParams
+
+    def cached(salt: str | None) -> int:
+        params = SamplingParams(
+            temperature=0, max_tokens=1, detokenize=False, extra_args={"steering_angle": 30,
+            "steering_plane": "one"},
+        )  # fmt: skip
+        prompt = {"prompt_token_ids": list(range(3, 100))}
+        if salt:
+            prompt["cache_salt"] = salt  # type: ignore[assignment]
+        (output,) = speculative_v1.llm.generate([prompt], params, use_tqdm=False)
+        return int(output.num_cached_tokens or 0)
+
+    speculative_v1.forget()
+    assert [cached(salt) for salt in (None, "a", "b", "a", None)] == [0, 0, 0, 96, 96]
+
+
+def test_a_refused_request_changes_none_beside_it(speculative_v1: Engine, tiny_llama: Tiny) -> None:
+    """The engine is in the middle of others' tokens when admission refuses one."""
+    from vllm import SamplingParams
+
+    from steering_server.engine.admission import SteeringError
+
+    plane = tiny_llama.planes["one"]
+    good = [ask(tiny_llama, 30, [Turn(plane, 50.0 * i, "rotate_to")], 12, i) for i in range(4)]
+    bad = SamplingParams(extra_args={"steering_angle": 30, "steering_plane": "none such"})
+    core = speculative_v1.llm.llm_engine
+    before = traffic.send(speculative_v1, good)
+
+    def refuse() -> None:
+        with pytest.raises(SteeringError, match="none such"):
+            core.add_request("bad", {"prompt_token_ids": [5, 6, 7]}, bad)
+
+    during = traffic.send(speculative_v1, good, between=refuse)
+    assert [r.choices[0].tokens for r in during] == [r.choices[0].tokens for r in before]
+    for each, reply in zip(good, during, strict=True):
+        traffic.check(tiny_llama.oracle, each, reply)
