@@ -47,9 +47,18 @@ class Reply:
 
 
 def asks(
-    planes: Mapping[str, Path], count: int, seed: int, *, longest: int = 100, vocabulary: int = 256
+    planes: Mapping[str, Path],
+    count: int,
+    seed: int,
+    *,
+    greedy: bool = False,
+    longest: int = 100,
+    vocabulary: int = 256,
 ) -> list[Ask]:
-    """``count`` requests over plane, mode, angle, scope, gate, several planes, prompt and n."""
+    """``count`` requests over plane, mode, angle, scope, gate, several planes, prompt and n.
+
+    ``greedy`` leaves out the sampled ones, and with them n > 1.
+    """
     rng = random.Random(seed)
     # A few stems, cut at random: prefixes meet in the cache under different steerings.
     stems = [[rng.randrange(3, vocabulary) for _ in range(longest)] for _ in range(4)]
@@ -57,7 +66,7 @@ def asks(
     for _ in range(count):
         prompt = [*rng.choice(stems)[: rng.randint(1, longest - 2)], rng.randrange(3, vocabulary)]
         turns = [_turn(rng, planes) for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
-        sampled = rng.random() < 0.4
+        sampled = not greedy and rng.random() < 0.4
         made.append(
             Ask(
                 prompt=prompt,
