@@ -13,8 +13,6 @@ import tiny
 from oracle import Oracle, Turn
 from planes import random_plane
 
-pytestmark = pytest.mark.slow
-
 PROMPT = [1, *range(10, 50, 3)]
 TURNS = [("rotate_by", 100.0), ("rotate_to", 200.0)]
 
@@ -36,6 +34,7 @@ def check(name: str, folder: Path, *, v2: bool) -> None:
         folder / "model",
         {"tiny": plane},
         v2=v2,
+        in_process=not v2 and not kind.borrowed,
         skip_tokenizer_init=True,
         max_model_len=128,
         max_num_seqs=8,

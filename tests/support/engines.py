@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 INTERPRETER = Path(__file__).parent / "interpreter"
+# Unbound: vLLM would bind this process's threads, and those of all it starts, to cores.
+_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 BLOCK = 32
 
 
@@ -133,7 +135,12 @@ class Engine:
 
 
 def start(
-    model: Path, planes: Mapping[str, Path], *, v2: bool = False, **options: Any
+    model: Path,
+    planes: Mapping[str, Path],
+    *,
+    v2: bool = False,
+    in_process: bool = False,
+    **options: Any,
 ) -> Iterator[Engine]:
     """A generator fixture's body: an engine of ``model`` in fp32, with ``planes``, until the end.
 
@@ -141,6 +148,8 @@ def start(
         model: the model's folder.
         planes: name -> artifact.
         v2: vLLM's second model runner, on Triton's interpreter.
+        in_process: the engine and its worker in this very process: started in seconds, and not how
+            anyone serves.
         options: more of ``vllm.LLM``; ``steering`` goes into the steering section.
     """
     from vllm import LLM
@@ -154,7 +163,8 @@ def start(
         "block_size": BLOCK,
         **options,
     }
-    with environment(v2_environment() if v2 else {}), _triton_here(v2):
+    variables = {**(v2_environment() if v2 else {}), **(_IN_PROCESS if in_process else {})}
+    with environment(variables), _triton_here(v2), _inspecting_here(in_process):
         engine = Engine(
             LLM(
                 str(model),
@@ -164,6 +174,11 @@ def start(
         )
     yield engine
     engine.close()
+    if in_process:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        # What groups there are depends on the model: the next one must make its own.
+        cleanup_dist_env_and_memory()
 
 
 def v2_environment() -> dict[str, str]:
@@ -181,6 +196,16 @@ def _triton_here(present: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if present:
             patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+        yield
+
+
+@contextmanager
+def _inspecting_here(present: bool) -> Iterator[None]:
+    """vLLM asks a process of its own, 18 s a time, what each architecture's class can do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if present:
+            registry = "vllm.model_executor.models.registry"
+            patch.setattr(f"{registry}._run_in_subprocess", lambda function: function())
         yield
 
 

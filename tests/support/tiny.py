@@ -47,7 +47,12 @@ class Architecture:
     options: dict[str, Any] = field(default_factory=dict)
     own: bool = False
     """Its config has names of its own, and takes ``options`` alone."""
+    borrowed: bool = False
+    """vLLM runs transformers' own classes, and changes them in the process where it does."""
 
+
+# vLLM's Gemmas have no head of their own.
+GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaConfig", PRE),
@@ -59,10 +64,10 @@ ARCHITECTURES = {
         PRE,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
-    "gemma2": Architecture("Gemma2Config", SANDWICH, {"query_pre_attn_scalar": 32}),
-    "gemma3": Architecture("Gemma3TextConfig", SANDWICH, {"query_pre_attn_scalar": 32}),
+    "gemma2": Architecture("Gemma2Config", SANDWICH, GEMMA),
+    "gemma3": Architecture("Gemma3TextConfig", SANDWICH, GEMMA),
     "phi3": Architecture("Phi3Config", PRE),
-    "olmo2": Architecture("Olmo2Config", POST),
+    "olmo2": Architecture("Olmo2Config", POST, borrowed=True),
     "mixtral": Architecture("MixtralConfig", PRE, {"num_local_experts": 4}),
     "gpt2": Architecture(
         "GPT2Config",
@@ -83,6 +88,7 @@ ARCHITECTURES = {
         PRE,
         {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "head_dim")},
         own=True,
+        borrowed=True,
     ),
 }
 
@@ -98,7 +104,9 @@ def make(name: str, folder: Path) -> Any:
     options = kind.options if kind.own else {**_COMMON, **kind.options}
     config = getattr(transformers, kind.config)(**options)
     torch.manual_seed(sum(map(ord, name)))
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    # Eager: transformers' other attentions leave out Gemma-2's soft cap.
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -25,8 +25,9 @@ def steered_norm(norm_class: Any) -> type:
             out = super().forward(*args, **kwargs)
             # Of a pair (normed, residual) only the first is steered.
             normed = out[0] if isinstance(out, tuple) else out
-            rows = self.steering_rows[: normed.shape[0]]
-            rotated = rotate(normed, self.steering_bank, rows)
+            tokens = normed.reshape(-1, normed.shape[-1])  # [T, d]
+            rows = self.steering_rows[: tokens.shape[0]]
+            rotated = rotate(tokens, self.steering_bank, rows).view(normed.shape)
             return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
 
     return SteeredNorm
@@ -36,7 +37,8 @@ def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
     """Turn ``norm`` into a steered one, in place.
 
     Args:
-        norm: a module returning [T, d], or a tuple that begins with it.
+        norm: a module returning [T, d] (transformers' own, where vLLM runs them, [1, T, d]), or a
+            tuple that begins with it.
         bank: [slots, 2, d] float32.
         rows: [max tokens, planes, 5] float32, shared by all sites.
     """
