@@ -59,6 +59,7 @@ def test_v1_equals_transformers(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, v2=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_v2_equals_transformers(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, v2=True)

@@ -12,7 +12,6 @@ from oracle import Oracle, Turn, assert_greedy
 from planes import random_plane
 
 
-@pytest.mark.slow
 def test_other_sites_are_another_graph(
     v1_compiled: Engine, smollm2: Path, oracle: Oracle, tmp_path: Path
 ) -> None:

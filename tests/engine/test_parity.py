@@ -59,7 +59,7 @@ def check(oracle: Oracle, answer: Answer, turns: list[Turn]) -> None:
     [
         ("v1", "sentiment"),
         ("v1", "wide"),
-        pytest.param("v1_compiled", "sentiment", marks=pytest.mark.slow),
+        ("v1_compiled", "sentiment"),
         pytest.param("v1_compiled", "wide", marks=pytest.mark.slow),
         ("v2", "sentiment"),
     ],
@@ -113,7 +113,6 @@ def test_unsteered_requests_among_steered_ones_are_plain_vllm(
             assert answer.logprobs == pytest.approx(unsteered.logprobs, abs=tolerance)
 
 
-@pytest.mark.slow
 def test_compiled_and_eager_agree(v1: Engine, v1_compiled: Engine) -> None:
     fields = [{"steering_plane": "sentiment", "steering_angle": 45 * i} for i in range(8)]
     eager, compiled = (e.chat(PROMPTS, fields, TOKENS) for e in (v1, v1_compiled))

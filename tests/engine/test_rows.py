@@ -113,3 +113,16 @@ def test_too_much_is_refused_loudly(rows: Rows, two_planes: list[Plane]) -> None
         rows.put(0, (rotation(two_planes[0], 1),) * 3, 4)
     with pytest.raises(RuntimeError, match="17 tokens in a step, rows for 16"):
         write(rows, (0, 17, 0))
+
+
+def test_what_fails_leaves_every_row_as_it_was(rows: Rows, two_planes: list[Plane]) -> None:
+    rows.put(0, (rotation(two_planes[0], 180),), 4)
+    rows.put(1, (rotation(two_planes[1], 60, "prompt"),), 2)
+    write(rows, (0, 2, 0), (1, 3, 0))
+    before = rows.tokens.clone()
+    stranger = Rotation("no", "0" * 64, 3.0, "rotate_by", "all", None)
+    for place in (0, 1, 2):
+        with pytest.raises(RuntimeError, match="no plane with digest"):
+            rows.put(place, (rotation(two_planes[1], 5), stranger), 9)
+    write(rows, (0, 2, 0), (1, 3, 0))
+    assert torch.equal(rows.tokens, before)

@@ -84,7 +84,11 @@ def ask(tiny: Tiny, length: int, turns: list[Turn], tokens: int = 6, seed: int =
     return Ask(prompt, turns, traffic.fields(turns, tiny.planes), tokens)
 
 
-@pytest.mark.parametrize("engine", ["speculative_v1", "speculative_v2"], indirect=True)
+@pytest.mark.parametrize(
+    "engine",
+    ["speculative_v1", pytest.param("speculative_v2", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_a_prompt_whose_last_chunk_is_one_token(engine: Engine, tiny_llama: Tiny) -> None:
     """Two chunks of 32 and a single token: of the prompt, though a step schedules it like a
     generated one. Its own log-probability is what the first generated token shows."""
@@ -104,7 +108,9 @@ def test_a_prompt_whose_last_chunk_is_one_token(engine: Engine, tiny_llama: Tiny
 
 # Alone, on the interpreter, is slow: every eighth of them there, and the oracle for all.
 @pytest.mark.parametrize(
-    ("engine", "stride"), [("erratic_v1", 1), ("erratic_v2", 8)], indirect=["engine"]
+    ("engine", "stride"),
+    [("erratic_v1", 1), pytest.param("erratic_v2", 8, marks=pytest.mark.slow)],
+    indirect=["engine"],
 )
 def test_preempted_requests_are_what_they_are_alone(
     engine: Engine, stride: int, tiny_llama: Tiny
@@ -212,7 +218,9 @@ def test_random_traffic_equals_transformers(engine: Engine, count: int, tiny_lla
 
 
 @pytest.mark.parametrize(
-    ("engine", "count"), [("speculative_v1", 100), ("speculative_v2", 15)], indirect=["engine"]
+    ("engine", "count"),
+    [("speculative_v1", 100), pytest.param("speculative_v2", 15, marks=pytest.mark.slow)],
+    indirect=["engine"],
 )
 def test_random_traffic_verified_several_tokens_at_a_time(
     engine: Engine, count: int, tiny_llama: Tiny

@@ -59,17 +59,22 @@ class Rows:
             prompt_tokens: where the generated tokens begin.
 
         Raises:
-            RuntimeError: more rotations than the graph was built for.
+            RuntimeError: more rotations than the graph was built for, or a plane that the bank
+                lacks; every place is then as it was.
         """
         if len(rotations) > len(self._identity):
             raise RuntimeError(
                 f"{len(rotations)} rotations in a graph built for {len(self._identity)}"
             )
+        # All of it before any of it is kept: a rotation that fails must not leave half a row.
+        encoded = [
+            encode_row(_MODES[r.mode], r.angle, self._bank.slot(r.digest), r.gate)
+            for r in rotations
+        ]
         self._table[place] = self._identity
         self._scope[place] = _SCOPES["all"]
         for k, r in enumerate(rotations):
-            slot = self._bank.slot(r.digest)
-            self._table[place, k] = encode_row(_MODES[r.mode], r.angle, slot, r.gate)
+            self._table[place, k] = encoded[k]
             self._scope[place, k] = _SCOPES[r.tokens]
         self._prompt[place] = prompt_tokens
         self._steered[place] = bool(rotations)
