@@ -68,6 +68,11 @@ def free_port() -> int:
         return port
 
 
+def client(host: str, port: int) -> httpx.Client:
+    """A client with connections of its own."""
+    return httpx.Client(base_url=f"http://{host}:{port}", timeout=120)
+
+
 def serve(
     model: Path,
     planes: Mapping[str, Path],
@@ -92,9 +97,9 @@ def serve(
             start_new_session=True,
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            _wait(client, process, log)
-            yield Server("127.0.0.1", port, client)
+        with client("127.0.0.1", port) as connected:
+            _wait(connected, process, log)
+            yield Server("127.0.0.1", port, connected)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -130,7 +130,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 envs.VLLM_USE_RUST_FRONTEND,
             ),
             (
-                "--enable-dbo",
+                "--enable-dbo, --ubatch-size",
                 "microbatching runs a step's tokens in parts",
                 parallel.use_ubatching,
             ),
@@ -138,6 +138,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 "--prefill-context-parallel-size",
                 "it deals a prompt's tokens out to several workers",
                 parallel.prefill_context_parallel_size > 1,
+            ),
+            (
+                "--enable-expert-parallel with tensor and data parallelism",
+                "sequence-parallel experts let a layer see a part of a step's tokens",
+                parallel.use_sequence_parallel_moe,
             ),
         )
         if on

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from steering_planes import find_sites
+from steering_planes import Site, find_sites
 from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
 from steering_server.engine.rows import Rows
@@ -86,6 +86,27 @@ def _rotations(params: SamplingParams | None) -> tuple[Rotation, ...]:
     return () if params is None else admitted(params.extra_args)
 
 
+def sites_here(asked: Iterable[Site], norms: Collection[Site], layers: range) -> list[Site]:
+    """Those of the sites asked for that this process holds.
+
+    Args:
+        asked: the sites of all planes.
+        norms: the sites of the model in this process, numbered as in the whole model.
+        layers: the layers of this process: a stage of a pipeline has only its own.
+
+    Raises:
+        SettingsError: naming each site that should be here and is not.
+    """
+    here = [site for site in asked if site.layer in layers]
+    if missing := [str(site) for site in here if site not in norms]:
+        raise SettingsError(
+            f"no site {', '.join(missing)} in the model's layers {layers.start} to "
+            f"{layers.stop - 1}; their sites have the roles "
+            f"{', '.join(sorted({site.role for site in norms}))}"
+        )
+    return here
+
+
 def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
     """A worker's ``load_model``, and then the wiring, before anything is traced or captured.
 
@@ -98,22 +119,9 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         return
     runner = worker.model_runner
     model_config = worker.vllm_config.model_config
-    num_layers = model_config.hf_text_config.num_hidden_layers
-    norms = find_sites(runner.get_model(), num_layers)
-    here = [site for site in settings.parsed_sites() if site in norms]
-    # A pipeline stage has only its own layers; of those it must have every site asked for.
-    staged = worker.vllm_config.parallel_config.pipeline_parallel_size > 1
-    layers = {site.layer for site in norms}
-    missing = [
-        str(site)
-        for site in settings.parsed_sites()
-        if site not in norms and not (staged and site.layer not in layers)
-    ]
-    if missing:
-        raise SettingsError(
-            f"{type(runner.get_model()).__name__} has no site {', '.join(missing)}; "
-            f"its sites have the roles {', '.join(sorted({site.role for site in norms}))}"
-        )
+    norms = find_sites(runner.get_model(), model_config.hf_text_config.num_hidden_layers)
+    layers = range(*model_config.get_layers_start_end_indices(worker.vllm_config.parallel_config))
+    here = sites_here(settings.parsed_sites(), norms, layers)
     bank = Bank(settings.load_planes().values(), here, worker.device)
     scheduler = worker.vllm_config.scheduler_config
     rows = Rows(
