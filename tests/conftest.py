@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import engines
 import servers
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from engines import Engine
     from servers import Server
     from tiny import Tiny
+
+if not torch.cuda.is_available():
+    # Before Triton is imported: its own functions, too, must be made for the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from interpreter_as_compiler import mend
+
+    mend()
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
@@ -50,7 +59,6 @@ def planes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def oracle(smollm2: Path) -> Oracle:
     """SmolLM2 in transformers, fp32."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     return Oracle(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32))

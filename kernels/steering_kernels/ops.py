@@ -1,6 +1,9 @@
-"""The one entrance to the rotation: checks what it is given, then chooses how to run it."""
+"""The one entrance to the kernels: checks what it is given, then runs what was chosen."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,15 +11,111 @@ from torch import Tensor
 from steering_kernels import reference
 from steering_kernels.rows import ROW_WIDTH
 
+Kernels = Literal["triton", "torch"]
 
-def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernels run on a device, and why."""
+
+    kernels: Kernels
+    why: str
+
+
+def choose(device: torch.device, wanted: Literal["auto", "triton", "torch"] = "auto") -> Choice:
+    """The kernels for a device.
+
+    ``torch`` is plain torch traced into the model's graph, where Inductor fuses it with the norm
+    before it; ``triton`` is ours. On a CPU the first is the faster one (an opaque op costs up to
+    14 % of throughput there), and Triton only has its interpreter.
+
+    Raises:
+        ValueError: Triton's kernels wanted where they cannot run.
+    """
+    if wanted == "torch":
+        return Choice("torch", "asked for")
+    if (reason := _no_triton(device)) is None:
+        why = "asked for" if wanted == "triton" else f"the device is {device.type}"
+        if wanted == "triton" or device.type != "cpu":
+            return Choice("triton", why)
+        return Choice("torch", "on a CPU, plain torch in the graph is faster")
+    if wanted == "triton":
+        raise ValueError(f"kernels = 'triton' on {device.type}: {reason}")
+    return Choice("torch", reason)
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device; None where they can."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "Triton runs on a CPU only as its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def rotate(h: Tensor, bank: Tensor, rows: Tensor, kernels: Kernels = "torch") -> Tensor:
     """Rotate activations [T, d] in planes [slots, 2, d], as rows [T, planes, 5] say.
 
-    The plain torch form serves every device: traced into the model's graph it is fused by Inductor
-    with the norm before it.
+    Args:
+        h: [T, d]; Triton's kernel rotates it in place.
+        bank: [slots, 2, d] float32.
+        rows: [T, planes, 5] float32.
+        kernels: what :func:`choose` said.
+
+    Returns:
+        [T, d], see :func:`steering_kernels.reference.rotate`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
+    """
+    check(h, bank, rows)
+    if kernels == "torch":
+        return reference.rotate(h, bank, rows)
+    h = _side_by_side(h)
+    _rotate_op(h, bank, rows)
+    return h
+
+
+def add_rms_norm_rotate(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    rows: Tensor,
+    unit_offset: bool = False,
+    kernels: Kernels = "torch",
+) -> tuple[Tensor, Tensor | None]:
+    """RMS norm of x + residual [T, d], rotated; and the sum.
+
+    See :func:`steering_kernels.reference.add_rms_norm_rotate`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    check(x, bank, rows)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must be {list(x.shape)}, got {list(residual.shape)}")
+    if weight.shape != x.shape[1:]:
+        raise ValueError(f"weight must be [{x.shape[1]}], got {list(weight.shape)}")
+    if kernels == "torch":
+        return reference.add_rms_norm_rotate(x, residual, weight, eps, bank, rows, unit_offset)
+    x = _side_by_side(x)
+    if residual is None:
+        return _norm_op(x, weight, eps, bank, rows, unit_offset), None
+    both: tuple[Tensor, Tensor] = _add_norm_op(
+        x, _side_by_side(residual), weight, eps, bank, rows, unit_offset
+    )
+    return both
+
+
+def check(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+    """What every op requires of its activations, bank and rows.
+
+    Raises:
+        ValueError: naming what does not fit, what it must be and what it is.
     """
     if h.dim() != 2:
         raise ValueError(f"h must be [T, d], got {list(h.shape)}")
@@ -28,4 +127,70 @@ def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         )
     if bank.dtype != torch.float32 or rows.dtype != torch.float32:
         raise ValueError(f"bank and rows must be float32, got {bank.dtype} and {rows.dtype}")
-    return reference.rotate(h, bank, rows)
+
+
+def _side_by_side(h: Tensor) -> Tensor:
+    """A kernel reads a token's activations as one run; every norm of vLLM's has them so."""
+    return h if h.stride(-1) == 1 else h.contiguous()
+
+
+# Triton's kernels, opaque to the compiler but for their shapes. They are imported when first run:
+# without Triton the rest of the package works.
+
+
+@torch.library.custom_op("steering::rotate_", mutates_args=("h",))
+def _rotate_op(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+    from steering_kernels.rotate_kernel import rotate_
+
+    rotate_(h, bank, rows)
+
+
+@_rotate_op.register_fake
+def _(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("steering::rms_norm_rotate", mutates_args=())
+def _norm_op(
+    x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
+) -> Tensor:
+    from steering_kernels import norm_kernel
+
+    return norm_kernel.add_rms_norm_rotate(x, None, weight, eps, bank, rows, unit_offset)[0]
+
+
+@_norm_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("steering::add_rms_norm_rotate", mutates_args=())
+def _add_norm_op(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    rows: Tensor,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    from steering_kernels import norm_kernel
+
+    out, total = norm_kernel.add_rms_norm_rotate(x, residual, weight, eps, bank, rows, unit_offset)
+    assert total is not None
+    return out, total
+
+
+@_add_norm_op.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    rows: Tensor,
+    unit_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)

@@ -1,4 +1,4 @@
-"""The rotation in plain torch: the kernels' twin, and the code that Inductor fuses on the CPU."""
+"""The kernels' twins in plain torch, and the code that Inductor fuses on the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         [T, d] in h's dtype. Accumulation is in float32, with one rounding at the end; tokens that
         no row acts on come back bit-exact.
     """
-    x = h.float()  # [T, d]
+    turned, acted = turn(h.float(), bank, rows)
+    return torch.where(acted, turned.to(h.dtype), h)
+
+
+def turn(x: Tensor, bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation in float32: [T, d] turned, and [T, 1] whether any plane acted."""
     acted = torch.zeros_like(rows[:, :1, 0], dtype=torch.bool)  # [T, 1]
     for plane in range(rows.shape[1]):
         row = rows[:, plane]  # [T, 5]
@@ -46,4 +51,42 @@ def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         acts = (row[:, MODE : MODE + 1] != _OFF) & (c1 > gate) & (squared > 0)
         x = torch.where(acts, x + (new1 - c1) * b1 + (new2 - c2) * b2, x)
         acted = acted | acts
-    return torch.where(acted, x.to(h.dtype), h)
+    return x, acted
+
+
+def add_rms_norm_rotate(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    rows: Tensor,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """RMS norm of x + residual, rotated; and the sum. Rounds where vLLM's norm does.
+
+    Args:
+        x: [T, d].
+        residual: as x, or None.
+        weight: [d], the gain.
+        eps: added to the mean square.
+        bank: [slots, 2, d] float32.
+        rows: [T, planes, 5] float32.
+        unit_offset: the gain is 1 + weight, in float32 (Gemma); else the normed value is rounded
+            to the gain's dtype before the product, as vLLM's norm does.
+
+    Returns:
+        [T, d] in x's dtype, and x + residual likewise (None without one).
+    """
+    value = x.float()
+    total = None
+    if residual is not None:
+        value = value + residual.float()
+        total = value.to(x.dtype)
+    normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        normed = normed * (weight.float() + 1.0)
+    else:
+        normed = normed.to(weight.dtype).float() * weight.float()
+    turned, _ = turn(normed, bank, rows)
+    return turned.to(x.dtype), total

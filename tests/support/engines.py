@@ -163,7 +163,12 @@ def start(
         "block_size": BLOCK,
         **options,
     }
-    variables = {**(v2_environment() if v2 else {}), **(_IN_PROCESS if in_process else {})}
+    variables = {
+        # Set for this process's kernel tests; V1 runs as it does where nobody asks for Triton.
+        "TRITON_INTERPRET": "0",
+        **(v2_environment() if v2 else {}),
+        **(_IN_PROCESS if in_process else {}),
+    }
     with environment(variables), _triton_here(v2), _inspecting_here(in_process):
         engine = Engine(
             LLM(

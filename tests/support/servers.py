@@ -93,7 +93,7 @@ def serve(
             words,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "TRITON_INTERPRET": "0", **(environment or {})},
             start_new_session=True,
         )
     try:

@@ -37,6 +37,12 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         action="store_true",
         help="Accept a plane that was calibrated on another model of the same shape.",
     )
+    group.add_argument(
+        "--steering-kernels",
+        choices=["auto", "triton", "torch"],
+        help="What rotates: Triton's kernels or plain torch in the model's graph (default: the "
+        "faster one on this device).",
+    )
     return parser
 
 
@@ -56,6 +62,8 @@ def from_cli_args(
         section["max_planes"] = max_planes
     if getattr(args, "steering_allow_model_mismatch", False):
         section["allow_model_mismatch"] = True
+    if (kernels := getattr(args, "steering_kernels", None)) is not None:
+        section["kernels"] = kernels
     if not section:
         return engine_args
     if SECTION in (engine_args.additional_config or {}):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
+from steering_kernels import choose
 from steering_planes import Site, find_sites
 from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
@@ -131,8 +132,9 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         bank=bank,
         device=worker.device,
     )
+    choice = choose(worker.device, settings.kernels)
     for site in here:
-        steer(norms[site], bank.bases[site], rows.tokens)
+        steer(norms[site], bank.bases[site], rows.tokens, choice.kernels)
     if worker.use_v2_model_runner:
         retype(runner.model_state, steered_model_state)
         runner.model_state.steering = rows
@@ -141,8 +143,10 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         runner.steering = rows
         runner._steering_order = []
     logger.info(
-        "Steering %d site(s) with plane(s) %s: %s",
+        "Steering %d site(s) with plane(s) %s on %s kernels (%s): %s",
         len(here),
         ", ".join(settings.planes),
+        choice.kernels,
+        choice.why,
         " ".join(map(str, here)),
     )

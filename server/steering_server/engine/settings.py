@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,8 +27,8 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """What the server steers with.
 
-    ``planes``, ``max_planes`` and ``allow_model_mismatch`` are the user's; ``digests`` and
-    ``sites`` are filled in once, by the process that creates vLLM's configuration.
+    All is the user's but ``digests`` and ``sites``, which are filled in once, by the process that
+    creates vLLM's configuration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +39,8 @@ class Settings(BaseModel):
     """How many planes one request may combine; each costs a pass in the graph."""
     allow_model_mismatch: bool = False
     """Accept a plane that was calibrated on another model of the same shape."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """What rotates; see :func:`steering_kernels.choose`."""
     digests: dict[str, str] = Field(default_factory=dict)
     sites: tuple[str, ...] = ()
 

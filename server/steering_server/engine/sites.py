@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from vllm import envs
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-from steering_kernels import rotate
+from steering_kernels import Kernels, add_rms_norm_rotate, rotate
 from steering_server.engine.retype import retype
 
 
@@ -20,6 +23,7 @@ def steered_norm(norm_class: Any) -> type:
     class SteeredNorm(norm_class):  # type: ignore[misc]
         steering_bank: Tensor
         steering_rows: Tensor
+        steering_kernels: Kernels
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             out = super().forward(*args, **kwargs)
@@ -27,13 +31,52 @@ def steered_norm(norm_class: Any) -> type:
             normed = out[0] if isinstance(out, tuple) else out
             tokens = normed.reshape(-1, normed.shape[-1])  # [T, d]
             rows = self.steering_rows[: tokens.shape[0]]
-            rotated = rotate(tokens, self.steering_bank, rows).view(normed.shape)
+            rotated = rotate(tokens, self.steering_bank, rows, self.steering_kernels)
+            rotated = rotated.view(normed.shape)
             return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
 
     return SteeredNorm
 
 
-def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
+def fused_norm(norm_class: Any) -> type:
+    """An RMS norm of vLLM that our kernel computes, rotation included."""
+
+    class FusedNorm(norm_class):  # type: ignore[misc]
+        steering_bank: Tensor
+        steering_rows: Tensor
+        steering_kernels: Kernels
+
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+            tokens = x.reshape(-1, x.shape[-1])  # [T, d]
+            out, total = add_rms_norm_rotate(
+                tokens,
+                None if residual is None else residual.reshape(tokens.shape),
+                self.weight.data,
+                self.variance_epsilon,
+                self.steering_bank,
+                self.steering_rows[: tokens.shape[0]],
+                unit_offset=issubclass(norm_class, GemmaRMSNorm),
+                kernels=self.steering_kernels,
+            )
+            return out.view(x.shape) if total is None else (out.view(x.shape), total.view(x.shape))
+
+    return FusedNorm
+
+
+def is_fusable(norm: nn.Module) -> bool:
+    """Whether our kernel computes what this very norm does.
+
+    Subclasses, norms over a part of the vector or without a gain, and vLLM's batch-invariant one
+    are not: their own code runs, and its output is rotated.
+    """
+    if envs.VLLM_BATCH_INVARIANT:
+        return False
+    if type(norm) is RMSNorm:
+        return bool(norm.has_weight) and norm.variance_size_override is None
+    return type(norm) is GemmaRMSNorm
+
+
+def steer(norm: nn.Module, bank: Tensor, rows: Tensor, kernels: Kernels) -> None:
     """Turn ``norm`` into a steered one, in place.
 
     Args:
@@ -41,8 +84,14 @@ def steer(norm: nn.Module, bank: Tensor, rows: Tensor) -> None:
             tuple that begins with it.
         bank: [slots, 2, d] float32.
         rows: [max tokens, planes, 5] float32, shared by all sites.
+        kernels: what rotates. On plain torch no norm is fused by us: Inductor does it, and an
+            unsteered token's norm stays vLLM's own.
     """
     # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
     norm.register_buffer("steering_bank", bank, persistent=False)
     norm.register_buffer("steering_rows", rows, persistent=False)
-    retype(norm, steered_norm)
+    norm.steering_kernels = kernels  # type: ignore[assignment]
+    kind: Callable[[Any], type] = (
+        fused_norm if kernels == "triton" and is_fusable(norm) else steered_norm
+    )
+    retype(norm, kind)

@@ -7,6 +7,7 @@ imported; so this comes before it. With TRITON_INTERPRET=1 no backend is ever as
 import types
 
 import triton.backends
+from interpreter_as_compiler import mend
 
 
 class _Driver:
@@ -16,29 +17,4 @@ class _Driver:
 
 
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler=None)
-
-
-def _boolean_masks() -> None:
-    """Let the interpreter take the masks that the compiler takes.
-
-    `a & b` of two comparisons, one of them a scalar, is an i1 to the compiler and an integer to
-    the interpreter's NumPy, which then refuses it ("mask has unsupported dtype"): vLLM's own
-    n-gram kernel is written so.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def masked_load(self, ptrs, mask, *rest):  # type: ignore[no-untyped-def]
-        mask.data = mask.data.astype(bool)
-        return load(self, ptrs, mask, *rest)
-
-    def masked_store(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
-        mask.data = mask.data.astype(bool)
-        return store(self, ptrs, value, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = masked_load
-    InterpreterBuilder.create_masked_store = masked_store
-
-
-_boolean_masks()
+mend()
