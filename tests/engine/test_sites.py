@@ -1,0 +1,124 @@
+"""A norm that was steered returns what it did, rotated, whichever kernels do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steering_kernels import Mode, encode_row, identity_row, reference
+from steering_planes import orthonormalise
+from steering_server.engine.sites import is_fusable, steer
+
+HIDDEN = 96
+BANK = orthonormalise(torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0)))[None]
+ROWS = torch.tensor(
+    [[encode_row(Mode.ROTATE_TO, 20.0 * i, 0) if i % 3 else identity_row()] for i in range(8)]
+)
+
+
+@pytest.fixture(autouse=True)
+def _vllm() -> Iterator[None]:
+    """vLLM's norms ask for a configuration when they are made and when they run."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def rms_norm(**options: Any) -> nn.Module:
+    """vLLM's norm with an uneven gain."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    return with_gain(RMSNorm(HIDDEN, eps=1e-5, **options))
+
+
+def gemma_rms_norm() -> nn.Module:
+    """vLLM's norm of Gemma, likewise."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    return with_gain(GemmaRMSNorm(HIDDEN, eps=1e-5))
+
+
+def with_gain(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for parameter in norm.parameters():
+        parameter.data = torch.rand(parameter.shape) + 0.5
+    return norm.requires_grad_(False)
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "RMSNorm": (rms_norm, True),
+    "GemmaRMSNorm": (gemma_rms_norm, True),
+    "LayerNorm": (lambda: with_gain(nn.LayerNorm(HIDDEN)), False),
+    "of a part": (lambda: rms_norm(var_hidden_size=HIDDEN // 2), False),
+    "no gain": (lambda: rms_norm(has_weight=False), False),
+}
+
+
+def expected(out: Tensor) -> Tensor:
+    return reference.rotate(out, BANK, ROWS[: len(out)])
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_steered_norm_is_the_norm_rotated(name: str, kernels: Any) -> None:
+    make, fusable = NORMS[name]
+    norm, plain = make(), make()
+    assert is_fusable(norm) == fusable
+    steer(norm, BANK, ROWS, kernels)
+    assert isinstance(norm, type(plain))
+    fused = "FusedNorm" in type(norm).forward.__qualname__
+    assert fused == (fusable and kernels == "triton")
+    x, residual = torch.randn(6, HIDDEN), torch.randn(6, HIDDEN)
+    assert torch.allclose(norm(x.clone()), expected(plain(x.clone())), atol=2e-6)
+    if name == "LayerNorm":
+        return
+    out, total = norm(x.clone(), residual.clone())
+    plain_out, plain_total = plain(x.clone(), residual.clone())
+    assert torch.allclose(out, expected(plain_out), atol=2e-6)
+    assert torch.equal(total, plain_total)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_shape_of_transformers_is_kept(kernels: Any) -> None:
+    """[1, T, d], where vLLM runs transformers' own modules."""
+    norm, plain = rms_norm(), rms_norm()
+    steer(norm, BANK, ROWS, kernels)
+    x = torch.randn(1, 6, HIDDEN)
+    out = norm(x.clone())
+    assert out.shape == x.shape
+    assert torch.allclose(out[0], expected(plain(x.clone())[0]), atol=2e-6)
+
+
+def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    class Other(RMSNorm):
+        pass
+
+    assert not is_fusable(Other(HIDDEN))
+
+
+def test_a_batch_invariant_norm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert not is_fusable(rms_norm())
+
+
+def test_its_names_in_the_module_tree_stay() -> None:
+    """Weight loading and LoRA see what they know; sleep mode sees the bank and the rows."""
+    norm = rms_norm()
+    before = {name for name, _ in norm.named_parameters()}, set(norm.state_dict())
+    steer(norm, BANK, ROWS, "torch")
+    assert ({name for name, _ in norm.named_parameters()}, set(norm.state_dict())) == before
+    assert {"steering_bank", "steering_rows"} <= {name for name, _ in norm.named_buffers()}
+
+
+def test_twice_is_refused() -> None:
+    norm = rms_norm()
+    steer(norm, BANK, ROWS, "torch")
+    with pytest.raises(RuntimeError, match="retyped"):
+        steer(norm, BANK, ROWS, "torch")
