@@ -20,7 +20,7 @@ ifeq ($(BACKEND),cpu)
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 endif
 
-.PHONY: help setup serve demo load test test-slow compat check format clean
+.PHONY: help setup serve demo load test test-slow bench gpu-check compat check format clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,14 @@ test: $(STAMP) ## Run the tests that CI runs.
 
 test-slow: $(STAMP) ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)
+
+bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
+	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
+
+gpu-check: $(STAMP) ## On a GPU: the kernels' tests and their speed, with a verdict.
+	$(BIN)/pytest tests/kernels $(ARGS)
+	$(BIN)/python benchmarks/kernels.py
 
 compat: $(STAMP) ## Check another vLLM's source, VLLM_SRC, against the ledger.
 	$(BIN)/python -m steering_server.engine.compat "$(VLLM_SRC)"

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 import engines
-from engines import Engine
-from oracle import Oracle, Turn, assert_greedy
-from planes import random_plane
+import traffic
+from oracle import Turn
+from tiny import Tiny
+from traffic import Ask
+
+PROMPT = [5 + 3 * i for i in range(20)]
 
 
-def test_other_sites_are_another_graph(
-    v1_compiled: Engine, smollm2: Path, oracle: Oracle, tmp_path: Path
-) -> None:
-    """The engine before left its graph in the same cache; the new one has sites it never had."""
-    del v1_compiled
-    plane = random_plane(tmp_path / "other", ["2.attn_in", "25.attn_in"], seed=3)
-    starting = engines.start(smollm2, {"wide": plane}, enforce_eager=False)
-    fields = {"steering_angle": 150, "steering_mode": "rotate_to"}
-    for engine in starting:
-        answers = engine.chat(["Tell me about the ocean."] * 2, [fields, None], 16)
-    steered, unsteered = answers
-    assert steered.logprobs != pytest.approx(unsteered.logprobs, abs=1e-2)
-    for answer, turns in ((steered, [Turn(plane, 150, "rotate_to")]), (unsteered, [])):
-        ids = answer.prompt + answer.tokens
-        logprobs = oracle.logprobs(ids, turns, len(answer.prompt))
-        assert_greedy(logprobs, len(answer.prompt), answer.tokens, answer.logprobs)
+def asked(tiny: Tiny, plane: str, folder: Path) -> tuple[list[Ask], list[traffic.Reply], int]:
+    """A steered and an unsteered answer of a compiled engine with this plane alone, and how many
+    graphs the cache holds then."""
+    turns = [Turn(tiny.planes[plane], 150, "rotate_to")]
+    asks = [Ask(PROMPT, t, traffic.fields(t, tiny.planes), tokens=8) for t in (turns, [])]
+    options: dict[str, Any] = {"enforce_eager": False, "skip_tokenizer_init": True}
+    planes = {plane: tiny.planes[plane]}
+    with engines.environment({"VLLM_CACHE_ROOT": str(folder)}):
+        for engine in engines.start(tiny.model, planes, max_model_len=128, **options):
+            replies = traffic.send(engine, asks)
+    graphs = list((folder / "torch_compile_cache" / "torch_aot_compile").iterdir())
+    return asks, replies, len(graphs)
+
+
+def test_other_sites_are_another_graph(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """Two engines that differ in nothing but their sites, and then the first again."""
+    counts = []
+    for plane in ("one", "three", "one"):
+        asks, replies, graphs = asked(tiny_llama, plane, tmp_path)
+        counts.append(graphs)
+        for ask, reply in zip(asks, replies, strict=True):
+            traffic.check(tiny_llama.oracle, ask, reply)
+        steered, unsteered = (reply.choices[0].logprobs for reply in replies)
+        assert max(abs(a - b) for a, b in zip(steered, unsteered, strict=True)) > 0.01
+    assert counts[1] > counts[0], "the second engine left no graph of its own"
+    assert counts[2] == counts[1], "the first engine's graph was not found again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,14 @@ def steered_runner_v1(runner_class: Any) -> type:
             # step is in it, and vLLM has waited for the last step's host buffers.
             order = self.input_batch.req_ids
             # A known id is among the new requests when a streaming input replaces its prompt.
-            if scheduler_output.scheduled_new_reqs or order != self._steering_order:
-                for place, req_id in enumerate(order):
-                    request = self.requests[req_id]
-                    rotations = _rotations(request.sampling_params)
-                    self.steering.put(place, rotations, request.num_prompt_tokens)
+            new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+            if new or order != self._steering_order:
+                before = itertools.chain(self._steering_order, itertools.repeat(None))
+                for place, (req_id, was) in enumerate(zip(order, before, strict=False)):
+                    if req_id != was or req_id in new:
+                        request = self.requests[req_id]
+                        rotations = _rotations(request.sampling_params)
+                        self.steering.put(place, rotations, request.num_prompt_tokens)
                 self._steering_order = list(order)
             n = len(order)
             computed = self.input_batch.num_computed_tokens_cpu[:n]

@@ -1,0 +1,52 @@
+"""Steering as the papers' code does it, to compare with: eager forward hooks, a matrix a layer.
+
+Written afresh after their description: at each steered module's output, h is multiplied by a d-by-d
+matrix I - P + B R(angle) B^T for one angle of the whole process.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steering_planes import Plane, find_sites
+
+
+class Hooks:
+    """Mixed into vLLM's worker (``--worker-extension-cls``)."""
+
+    model_runner: Any
+
+    def install_hooks(self, plane: str, degrees: float) -> int:
+        """Hook every site of a plane; returns how many."""
+        loaded = Plane.load(Path(plane))
+        model = self.model_runner.get_model()
+        sites = find_sites(model, loaded.config.num_layers)
+        dtype = next(model.parameters()).dtype
+        for site in loaded.sites:
+            matrix = rotation_matrix(loaded.bases[site], degrees).to(dtype)
+            sites[site].register_forward_hook(_hook(matrix))
+        return len(loaded.sites)
+
+
+def rotation_matrix(basis: torch.Tensor, degrees: float) -> torch.Tensor:
+    """[d, d], for h as a row: the rotation within the plane of a basis [2, d]."""
+    theta = math.radians(degrees)
+    turn = torch.tensor(
+        [[math.cos(theta), math.sin(theta)], [-math.sin(theta), math.cos(theta)]],
+        dtype=torch.float64,
+    )
+    b = basis.double()
+    return torch.eye(b.shape[1], dtype=torch.float64) + b.T @ (turn - torch.eye(2)) @ b
+
+
+def _hook(matrix: torch.Tensor) -> Any:
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] @ matrix, *output[1:])
+        return output @ matrix
+
+    return hook

@@ -1,0 +1,138 @@
+"""The servers that are compared: plain vLLM, ours, and the published way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from steering_planes import Extraction, Plane, PlaneConfig, Site, orthonormalise
+from steering_server.bundled_model import ensure
+
+MODEL = "smollm2"
+BUNDLED = Path(__file__).parents[1] / "steering_vectors/smollm2-135m-instruct/sentiment"
+START_SECONDS = 600
+
+_OURS = [str(Path(sys.executable).parent / "steering"), "serve"]
+_PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One server: its command up to the model, more flags, and what it is told once it is up."""
+
+    command: list[str]
+    flags: Callable[[Path], list[str]] = lambda folder: []
+    environment: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[int], None] = lambda port: None
+
+
+def all_sites(folder: Path) -> list[str]:
+    """A plane of random bases at every site of the model."""
+    bundled = Plane.load(BUNDLED).config
+    sites = tuple(
+        Site(layer, role) for layer in range(bundled.num_layers) for role in ("attn_in", "mlp_in")
+    )
+    generator = torch.Generator().manual_seed(0)
+    config = PlaneConfig(
+        **{
+            **bundled.model_dump(exclude={"sites", "statistics", "extraction", "name"}),
+            "name": "all",
+            "sites": sites,
+            "extraction": Extraction(method="random", data="none", n=1, seed=0),
+        }
+    )
+    bases = {
+        site: orthonormalise(torch.randn(2, bundled.hidden_size, generator=generator))
+        for site in sites
+    }
+    Plane(config, bases).save(folder / "all")
+    return ["--steering-plane", f"all={folder / 'all'}"]
+
+
+def install_hooks(port: int) -> None:
+    """Let the worker of the published way put its hooks in."""
+    body = {"method": "install_hooks", "args": [str(BUNDLED), 30.0]}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/collective_rpc",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as response:
+        if response.status != 200:
+            raise RuntimeError(f"hooks were not installed: {response.status}")
+
+
+_WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
+SIDES = {
+    "plain": Side(_PLAIN, environment=_WITHOUT_PLUGINS),
+    "idle": Side(_OURS),
+    "selected": Side(_OURS, lambda folder: ["--steering-plane", f"sentiment={BUNDLED}"]),
+    "all": Side(_OURS, all_sites),
+    "published": Side(
+        _PLAIN,
+        lambda folder: ["--enforce-eager", "--worker-extension-cls", "published_way.Hooks"],
+        {
+            **_WITHOUT_PLUGINS,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
+        install_hooks,
+    ),
+}
+
+
+@contextlib.contextmanager
+def serve(side: Side, folder: Path) -> Iterator[int]:
+    """A running server; gives its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    words = [
+        *side.command, str(ensure()), "--served-model-name", MODEL, "--host", "127.0.0.1",
+        "--port", str(port), "--max-model-len", "1024", "--max-num-seqs", "64",
+        "--no-enable-prefix-caching", *side.flags(folder),
+    ]  # fmt: skip
+    log = folder / f"{port}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **side.environment},
+            start_new_session=True,
+        )
+    try:
+        _wait(port, process, log)
+        side.prepare(port)
+        yield port
+    finally:
+        # vLLM's children can outlive it; the group has no one else in it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+            return
+        time.sleep(1)
+    raise RuntimeError(f"no server; the end of its log:\n{log.read_text()[-3000:]}")
