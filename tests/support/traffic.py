@@ -115,8 +115,10 @@ def send(
     requests: Sequence[Ask],
     seed: int | None = None,
     between: Callable[[], None] = lambda: None,
+    lora: Any = None,
 ) -> list[Reply]:
-    """Every request's reply. With a seed they arrive a few at a time; `between` follows a step."""
+    """Every request's reply. With a seed they arrive a few at a time; `between` follows a step;
+    `lora` is the adapter of all."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -139,7 +141,8 @@ def send(
                 prompt_logprobs=0 if ask.prompt_logprobs else None,
                 extra_args=None if ask.fields is None else dict(ask.fields),
             )
-            core.add_request(str(index), {"prompt_token_ids": ask.prompt}, params)
+            prompt = {"prompt_token_ids": ask.prompt}
+            core.add_request(str(index), prompt, params, lora_request=lora)
         waiting = waiting[arriving:]
         if core.has_unfinished_requests():
             for output in core.step():
