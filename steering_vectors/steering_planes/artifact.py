@@ -174,10 +174,18 @@ class Plane:
                 )
         return plane
 
-    def save(self, path: Path, *, readme: str | None = None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: Path,
+        *,
+        readme: str | None = None,
+        beside: Mapping[str, bytes] | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Write the artifact folder, all of it or nothing.
 
-        Raises FileExistsError if `path` exists, unless `overwrite`.
+        `beside` are further files, by name. Raises FileExistsError if `path` exists, unless
+        `overwrite`.
         """
         path = Path(os.path.abspath(path))
         if path.exists() and not overwrite:
@@ -196,6 +204,8 @@ class Plane:
             (new / TENSORS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)
             if readme is not None:
                 (new / "README.md").write_text(readme, "utf-8")
+            for name, content in (beside or {}).items():
+                (new / name).write_bytes(content)
             old = Path(temporary) / "old"
             if overwrite and path.exists():
                 path.rename(old)

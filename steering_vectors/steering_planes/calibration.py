@@ -7,9 +7,9 @@ METHOD.md section 3. "SS" is Selective Steering (arXiv 2601.19375), "AS" Angular
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Calibration:
     feature_site: where the feature direction comes from.
     dropped: sites whose class means don't differ.
     explained_variance: PC1's share of the candidates' variance, 0..1.
+    candidates: every site's own direction, unit, [d] float64.
+    auroc: how well a site separates the classes on held-out examples; empty if not measured.
     """
 
     bases: Mapping[Site, Tensor]
@@ -94,12 +96,22 @@ class Calibration:
     feature_site: Site
     dropped: tuple[Site, ...]
     explained_variance: float
+    candidates: Mapping[Site, Tensor]
     options: Options = field(default_factory=Options)
+    auroc: Mapping[Site, float] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The selected sites, sorted."""
         return tuple(self.bases)
+
+    def b1(self, site: Site) -> Tensor:
+        """The direction [d] that a measured site is judged by, float64."""
+        return self.candidates[site if self.options.planes == "per_site" else self.feature_site]
+
+    def with_separation(self, auroc: Mapping[Site, float]) -> Self:
+        """With what :func:`separation` measured."""
+        return replace(self, auroc=auroc)
 
     def to_plane(
         self,
@@ -128,7 +140,10 @@ class Calibration:
             angle_convention=f"{ANGLE_CONVENTION}; {SIGN_CONVENTION}",
             gate=gate,
             extraction=extraction,
-            statistics={str(site): asdict(of) for site, of in self.statistics.items()},
+            statistics={
+                str(site): asdict(of) | ({"auroc": self.auroc[site]} if site in self.auroc else {})
+                for site, of in self.statistics.items()
+            },
         )
         return Plane(config, self.bases)
 
@@ -145,28 +160,9 @@ def calibrate(
     """
     options = options or Options()
     _check(positive, negative)
-    differences = {
-        site: positive[site].double().mean(0) - negative[site].double().mean(0)
-        for site in sorted(positive)
-    }
-    candidates = {
-        site: difference / difference.norm()
-        for site, difference in differences.items()
-        if not _is_degenerate(difference, positive[site], negative[site])
-    }
+    differences, candidates, feature_site, b1 = _directions(positive, negative, options)
     dropped = tuple(site for site in differences if site not in candidates)
-    if not candidates:
-        raise CalibrationError("the two classes have the same mean activation at every site")
-    feature_site = feature_direction(
-        candidates,
-        {site: float(differences[site].norm()) for site in candidates},
-        options.direction,
-    )
     pc1, explained = first_component(candidates)
-    b1 = {
-        site: candidates[site if options.planes == "per_site" else feature_site]
-        for site in candidates
-    }
     statistics = {
         site: _statistics(positive[site], negative[site], b1[site], differences[site])
         for site in candidates
@@ -182,7 +178,7 @@ def calibrate(
     except ValueError as error:
         raise CalibrationError(f"the candidates span no plane: {error}") from None
     # One sign for all sites, so that an angle turns the same way at each of them.
-    c2 = sum(float(_projections(negative[site], bases[site][1]).mean()) for site in selected)
+    c2 = sum(float(projections(negative[site], bases[site][1]).mean()) for site in selected)
     if c2 < 0:
         bases = {site: _orthogonal(b1[site], -pc1) for site in selected}
     return Calibration(
@@ -191,8 +187,70 @@ def calibrate(
         feature_site=feature_site,
         dropped=dropped,
         explained_variance=explained,
+        candidates=candidates,
         options=options,
     )
+
+
+def _directions(
+    positive: Activations, negative: Activations, options: Options
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Site, dict[Site, Tensor]]:
+    """(differences, candidates, the feature direction's site, b1 of each candidate's site)."""
+    differences = {
+        site: positive[site].double().mean(0) - negative[site].double().mean(0)
+        for site in sorted(positive)
+    }
+    candidates = {
+        site: difference / difference.norm()
+        for site, difference in differences.items()
+        if not _is_degenerate(difference, positive[site], negative[site])
+    }
+    if not candidates:
+        raise CalibrationError("the two classes have the same mean activation at every site")
+    feature_site = feature_direction(
+        candidates,
+        {site: float(differences[site].norm()) for site in candidates},
+        options.direction,
+    )
+    b1 = {
+        site: candidates[site if options.planes == "per_site" else feature_site]
+        for site in candidates
+    }
+    return differences, candidates, feature_site, b1
+
+
+def separation(
+    positive: Activations, negative: Activations, options: Options, every: int
+) -> dict[Site, float]:
+    """AUROC of c1 at each site, on every `every`-th example, with b1 from the other examples.
+
+    0.5 is chance, 1 is perfect. Empty where fewer than two examples of a class would be held out,
+    or kept.
+    """
+    kept, held = (
+        [
+            {site: x[_held(len(x), every) == out] for site, x in side.items()}
+            for side in (positive, negative)
+        ]
+        for out in (False, True)
+    )
+    if min(len(x) for side in (*kept, *held) for x in side.values()) < 2:
+        return {}
+    _, _, _, b1 = _directions(kept[0], kept[1], options)
+    return {
+        site: auroc(projections(held[0][site], d), projections(held[1][site], d))
+        for site, d in b1.items()
+    }
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """The probability that a positive score [n] exceeds a negative one [m]; ties count half."""
+    difference = positive[:, None] - negative[None]
+    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
+
+
+def _held(n: int, every: int) -> Tensor:
+    return torch.arange(n) % every == every - 1
 
 
 def feature_direction(
@@ -310,7 +368,7 @@ def _is_degenerate(difference: Tensor, positive: Tensor, negative: Tensor) -> bo
     return float(difference.norm()) <= _DEGENERATE * float(length)
 
 
-def _projections(x: Tensor, direction: Tensor) -> Tensor:
+def projections(x: Tensor, direction: Tensor) -> Tensor:
     """[n]: of the unit-normalised rows of x [n, d]; a row of zeros projects to 0."""
     rows = x.double()
     return torch.nn.functional.normalize(rows, dim=1) @ direction
@@ -319,7 +377,7 @@ def _projections(x: Tensor, direction: Tensor) -> Tensor:
 def _statistics(
     positive: Tensor, negative: Tensor, b1: Tensor, difference: Tensor
 ) -> SiteStatistics:
-    p, q = _projections(positive, b1), _projections(negative, b1)
+    p, q = projections(positive, b1), projections(negative, b1)
     return SiteStatistics(
         mean_positive=float(p.mean()),
         mean_negative=float(q.mean()),

@@ -8,10 +8,14 @@ A JSON file in one of two forms. The same prompts under two system prompts:
 or two lists of prompts:
 
     {"positive": {"prompts": [...]}, "negative": {"prompts": [...]}}
+
+Or two JSONL files, a class each, of {"prompt": ...} or {"messages": [{"role": ..., "content": ...},
+...]} lines.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,8 +25,30 @@ Conversation = list[dict[str, str]]
 """Messages of {role, content}, as chat templates take them."""
 
 
-class ContrastSetError(ValueError):
-    """A contrast set that can't be used, said in one line."""
+class ContrastError(ValueError):
+    """A contrast set that can't be used, said in one line: file, place in it, and rule."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the user's turn, and where it stands, as "a.jsonl:3"."""
+
+    conversation: Conversation
+    where: str
+
+    @property
+    def prompt(self) -> str:
+        """The last message's text."""
+        return self.conversation[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two classes of examples, and the files that they are from."""
+
+    positive: tuple[Example, ...]
+    negative: tuple[Example, ...]
+    files: tuple[Path, ...]
 
 
 class _Model(BaseModel):
@@ -57,13 +83,13 @@ class ContrastSet(_Model):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a contrast set's JSON file; raises ContrastSetError or OSError."""
+        """Read a contrast set's JSON file; raises ContrastError or OSError."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "contrast set"
-            raise ContrastSetError(f"{path}: {where}: {first['msg']}") from None
+            raise ContrastError(f"{path}: {where}: {first['msg']}") from None
 
     def positive_prompts(self) -> tuple[str, ...]:
         return self.positive.prompts or self.prompts or ()
@@ -79,22 +105,76 @@ class ContrastSet(_Model):
         )
 
 
-def load_prompts(path: Path) -> list[str]:
-    """The prompts of a JSONL file of {"prompt": ...} lines; raises ContrastSetError or OSError."""
-    prompts = []
+def read_contrast(path: Path) -> Contrast:
+    """A contrast set's JSON file as examples; raises ContrastError or OSError."""
+    positive, negative = (
+        tuple(
+            Example(conversation, f"{path}: {side} prompt {number}")
+            for number, conversation in enumerate(conversations, 1)
+        )
+        for side, conversations in zip(
+            ("positive", "negative"), ContrastSet.load(path).conversations(), strict=True
+        )
+    )
+    return Contrast(positive, negative, (path,))
+
+
+def read_classes(positive: Path, negative: Path) -> Contrast:
+    """Two JSONL files, a class each; raises ContrastError or OSError."""
+    contrast = Contrast(read_examples(positive), read_examples(negative), (positive, negative))
+    for path, side in ((positive, contrast.positive), (negative, contrast.negative)):
+        if len(side) < 2:
+            raise ContrastError(f"{path}: holds {len(side)} prompt: a class needs at least 2")
+    return contrast
+
+
+def read_examples(path: Path) -> tuple[Example, ...]:
+    """The examples of a JSONL file; blank lines are passed over.
+
+    Raises ContrastError, naming file, line and rule, or OSError.
+    """
+    examples = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
         try:
-            prompts.append(_Line.model_validate_json(line).prompt)
+            examples.append(Example(_Line.model_validate_json(line).conversation(), where))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]["msg"]
-            raise ContrastSetError(f"{path}:{number}: {first}") from None
-    if not prompts:
-        raise ContrastSetError(f"{path}: holds no prompts")
-    return prompts
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise ContrastError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+    if not examples:
+        raise ContrastError(f"{path}: holds no prompts")
+    return tuple(examples)
+
+
+def load_prompts(path: Path) -> list[str]:
+    """The prompts of a JSONL file, the last message of each line; raises as `read_examples`."""
+    return [example.prompt for example in read_examples(path)]
+
+
+class _Message(_Model):
+    role: Literal["system", "user", "assistant"]
+    content: Prompt
 
 
 class _Line(_Model):
-    prompt: Prompt
+    prompt: Prompt | None = None
+    messages: Annotated[tuple[_Message, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_prompt_or_messages(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("a line has either a prompt or messages")
+        if self.messages is not None and self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        return self
+
+    def conversation(self) -> Conversation:
+        if self.messages is None:
+            return _conversation(None, self.prompt or "")
+        return [{"role": m.role, "content": m.content} for m in self.messages]
 
 
 def _conversation(system: str | None, user: str) -> Conversation:

@@ -16,7 +16,7 @@ from steering_planes import Plane
 from tiny import Tiny
 from traffic import Ask
 
-PROMPT = [5 + i % 200 for i in range(4 * BLOCK)]
+PROMPT = [5 + i % 200 for i in range(4 * BLOCK + 5)]
 
 
 def stored(tiny: Tiny, requests: list[dict[str, Any] | None]) -> list[Any]:
@@ -57,7 +57,7 @@ def test_events_keep_their_format_and_say_the_steering(tiny_llama: Tiny) -> None
     # Under `generated` the prompt's blocks are those of the unsteered request: nothing is stored.
     assert rest == []
     for event in (plain, steered):
-        assert event.token_ids == PROMPT
+        assert event.token_ids == PROMPT[: 4 * BLOCK]
         assert event.block_size == BLOCK
         assert len(event.block_hashes) == 4
     assert plain.extra_keys is None or plain.extra_keys == [None] * 4

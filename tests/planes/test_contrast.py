@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from steering_planes.contrast import ContrastSet, ContrastSetError, load_prompts
+from steering_planes.contrast import ContrastError, ContrastSet, load_prompts
 
 SETS = Path(__file__).parents[2] / "steering_vectors" / "contrast_sets"
 PROMPTS = ["Hello", "How are you?"]
@@ -57,7 +57,7 @@ def test_two_lists_of_prompts(tmp_path: Path) -> None:
     ],
 )
 def test_another_form_is_refused(tmp_path: Path, content: object, rule: str) -> None:
-    with pytest.raises(ContrastSetError, match=rule) as caught:
+    with pytest.raises(ContrastError, match=rule) as caught:
         load(tmp_path, content)
     assert "set.json" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -68,10 +68,10 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     file.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     assert load_prompts(file) == ["one", "two"]
     file.write_text('{"prompt": "one"}\n{"prompt": 2}\n')
-    with pytest.raises(ContrastSetError, match=r"prompts\.jsonl:2: "):
+    with pytest.raises(ContrastError, match=r"prompts\.jsonl:2: "):
         load_prompts(file)
     file.write_text("")
-    with pytest.raises(ContrastSetError, match="holds no prompts"):
+    with pytest.raises(ContrastError, match="holds no prompts"):
         load_prompts(file)
 
 

@@ -1,8 +1,7 @@
-"""``steering calibrate``: from a contrast set to a plane's artifact."""
+"""``steering calibrate``: from a contrast to a plane's artifact."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import sys
@@ -12,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from steering_planes import Plane
-    from steering_planes.calibration import Calibration
+    from steering_planes.contrast import Contrast
+    from steering_server.calibration import Calibrated
+
+SEPARATED = 0.75
+"""The least held-out AUROC of the best selected site with which a plane is kept unasked."""
 
 # Markdown, with the metadata block that Hugging Face reads.
 _CARD = """\
@@ -39,7 +41,7 @@ too.
 
     {command}
 
-From {data}, {n} examples a side, last prompt token, float32:
+From {data}, {n} examples a side, last prompt token:
 {options}.
 The feature direction comes from site {feature_site}, PC1 explains {explained:.1%} of the
 candidates' variance, and {steered} of {measured} sites are steered:
@@ -48,21 +50,36 @@ candidates' variance, and {steered} of {measured} sites are steered:
 |---|---|---|---|
 {rows}
 
-Means of unit-length activations ± standard error.
+Means of unit-length activations ± standard error. `report.md` says more.
 """
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a repository.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model's folder, or a repository.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write; its name names the plane.")
+    ],
     contrast_set: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="JSON: prompts and two system prompts, or two lists of prompts.",
             exists=True,
             dir_okay=False,
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="The folder to write; its name names the plane.")],
+    ] = None,
+    positive: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL, {"prompt": …} or {"messages": […]} a line: what 0 degrees is to be.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    negative: Annotated[
+        Path | None,
+        typer.Option(help="JSONL likewise: the opposite.", exists=True, dir_okay=False),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Another name for the plane.")] = None,
     base_model: Annotated[
         str | None,
@@ -101,54 +118,106 @@ def calibrate(
             dir_okay=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="Replace an existing output; keep a plane of classes hardly separated."),
+    ] = False,
 ) -> None:
-    """Find the steering plane that separates the two sides of a contrast set."""
+    """Find the steering plane that separates two classes of prompts.
+
+    The model runs on vLLM, as it is served: every further flag is vLLM's (--dtype,
+    --tensor-parallel-size, --quantization, …). Exits 2 where the classes do not separate.
+    """
     # Before the minutes of work, and again when the plane is saved.
     if output.exists() and not force:
         raise FileExistsError(f"{output}: exists; --force replaces it")
+    contrast = _contrast(contrast_set, positive, negative)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    # vLLM's own lines would tear the progress bar.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from rich.progress import Progress
 
-    from steering_planes.artifact import Extraction
     from steering_planes.calibration import Options, format_confounds
-    from steering_planes.calibration import calibrate as find
-    from steering_planes.contrast import ContrastSet
-    from steering_server.activations import chat_template_sha256, collect
+    from steering_server import report
+    from steering_server.calibration import calibrate as find
 
-    examples = ContrastSet.load(contrast_set)
-    for warning in format_confounds(examples.positive_prompts(), examples.negative_prompts()):
+    prompts = ([e.prompt for e in side] for side in (contrast.positive, contrast.negative))
+    for warning in format_confounds(*prompts):
         typer.echo(f"warning: {warning}: the plane will hold that difference too", err=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision)
-    network: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="float32")
-    positive, negative = (collect(network, tokenizer, side) for side in examples.conversations())
-    options = Options(direction, planes, granularity, margin)
-    calibration = find(positive, negative, options)
-    folder = Path(model)
-    plane = calibration.to_plane(
-        name=name or output.resolve().name,
-        base_model_name_or_path=base_model or (folder.resolve().name if folder.is_dir() else model),
-        revision=revision,
-        model_type=network.config.model_type,
-        num_layers=network.config.get_text_config().num_hidden_layers,
-        default_mode=default_mode,
-        default_angle=default_angle,
-        gate=gate,
-        extraction=Extraction(
-            method=str(options),
-            data=f"{contrast_set.name} sha256:{_sha256(contrast_set)}",
-            n=min(len(examples.positive_prompts()), len(examples.negative_prompts())),
-            chat_template_sha256=chat_template_sha256(tokenizer),
+    with Progress(transient=True) as progress:
+        task = progress.add_task("activations", total=None)
+        found = find(
+            model,
+            contrast,
+            name=name or output.resolve().name,
+            options=Options(direction, planes, granularity, margin),
+            base_model=base_model,
+            revision=revision,
+            default_mode=default_mode,
+            default_angle=default_angle,
+            gate=gate,
+            engine=engine_arguments(context.args),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _judge(found, force)
+    found.plane.save(
+        output,
+        readme=_card(
+            found,
+            _command(sys.argv),
+            None if measured is None else measured.read_text("utf-8"),
         ),
+        beside={report.PAGE: report.page(found).encode(), report.FIGURE: report.figure(found)},
+        overwrite=force,
     )
-    card = _card(
-        plane,
-        calibration,
-        _command(sys.argv),
-        None if measured is None else measured.read_text("utf-8"),
+    typer.echo(
+        f"{output}: plane {found.plane.name}, sites {', '.join(map(str, found.plane.sites))}"
     )
-    plane.save(output, readme=card, overwrite=force)
-    typer.echo(f"{output}: plane {plane.name}, sites {', '.join(map(str, plane.sites))}")
+
+
+def engine_arguments(words: list[str]) -> dict[str, Any]:
+    """The arguments of vLLM's engine that its flags in ``words`` set.
+
+    Exits 2, as vLLM's parser does, at a flag that it does not know.
+    """
+    if not words:
+        return {}
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="steering calibrate"))
+    given, untouched = (
+        vars(EngineArgs.from_cli_args(parser.parse_args(each))) for each in (words, [])
+    )
+    return {key: value for key, value in given.items() if value != untouched[key]}
+
+
+def _contrast(contrast_set: Path | None, positive: Path | None, negative: Path | None) -> Contrast:
+    from steering_planes.contrast import read_classes, read_contrast
+
+    if contrast_set is not None and positive is None and negative is None:
+        return read_contrast(contrast_set)
+    if contrast_set is None and positive is not None and negative is not None:
+        return read_classes(positive, negative)
+    raise typer.BadParameter("give --contrast-set, or --positive and --negative")
+
+
+def _judge(found: Calibrated, force: bool) -> None:
+    """Exit 2 where held-out examples say that the classes do not separate, unless forced."""
+    auroc = found.calibration.auroc
+    best = max((auroc[site] for site in found.plane.sites if site in auroc), default=None)
+    if best is None:
+        typer.echo("warning: too few examples to hold any out: separation not measured", err=True)
+    elif best < SEPARATED:
+        said = (
+            f"the classes do not separate: the best selected site's held-out AUROC is {best:.2f}, "
+            f"must be at least {SEPARATED}"
+        )
+        if not force:
+            typer.echo(f"steering: error: {said}; --force keeps the plane", err=True)
+            raise typer.Exit(2)
+        typer.echo(f"warning: {said}", err=True)
 
 
 def _command(argv: list[str]) -> str:
@@ -159,11 +228,8 @@ def _command(argv: list[str]) -> str:
     return " ".join(f"~/{w.removeprefix(home)}" if w.startswith(home) else w for w in typed)
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _card(plane: Plane, calibration: Calibration, command: str, measured: str | None) -> str:
+def _card(found: Calibrated, command: str, measured: str | None) -> str:
+    plane, calibration = found.plane, found.calibration
     rows = [
         f"| {site} | {of.mean_positive:+.4f} ± {of.stderr_positive:.4f} "
         f"| {of.mean_negative:+.4f} ± {of.stderr_negative:.4f} | {of.difference_norm:.3f} |"
@@ -185,25 +251,3 @@ def _card(plane: Plane, calibration: Calibration, command: str, measured: str | 
         rows="\n".join(rows),
     )
     return card + (f"\n## Measured\n\n{measured.strip()}\n" if measured else "")
-
-
-def main() -> None:
-    """Run this command alone; an error that is the user's to mend is one line."""
-    from steering_planes import PlaneError, SitesNotFoundError
-    from steering_planes.calibration import CalibrationError
-    from steering_planes.contrast import ContrastSetError
-
-    try:
-        typer.run(calibrate)
-    except (
-        CalibrationError,
-        ContrastSetError,
-        FileExistsError,
-        PlaneError,
-        SitesNotFoundError,
-    ) as error:
-        sys.exit(f"steering: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -40,21 +40,24 @@ def serve(
     command.serve(arguments or [])
 
 
-app.command()(calibrate)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate)
 
 
 def main() -> None:
     """Run the command; an error that is the user's to mend is one line, not a traceback."""
     from steering_planes import PlaneError, SitesNotFoundError
     from steering_planes.calibration import CalibrationError
-    from steering_planes.contrast import ContrastSetError
+    from steering_planes.contrast import ContrastError
     from steering_server.engine.settings import SettingsError
 
     try:
         app()
+    except CalibrationError as error:
+        # As where the classes hardly separate: there is no plane in them.
+        typer.echo(f"steering: error: {error}", err=True)
+        sys.exit(2)
     except (
-        CalibrationError,
-        ContrastSetError,
+        ContrastError,
         FileExistsError,
         PlaneError,
         SettingsError,
