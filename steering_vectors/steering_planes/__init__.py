@@ -9,6 +9,7 @@ from steering_planes.geometry import (
     rotate_by,
     rotate_to,
 )
+from steering_planes.hub import open_plane
 from steering_planes.sites import ROLES, Site, SitesNotFoundError, find_sites
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "canonical_degrees",
     "cos_sin",
     "find_sites",
+    "open_plane",
     "orthonormalise",
     "orthonormality_error",
     "rotate_by",

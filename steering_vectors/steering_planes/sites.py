@@ -5,7 +5,7 @@ the next sublayer. Families give the same child name different roles (`post_atte
 `mlp_in` in Llama and `attn_out` in Gemma-2), so everything outside this file goes by role.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -127,6 +127,11 @@ def find_sites(model: nn.Module, num_layers: int) -> dict[Site, nn.Module]:
     )
 
 
+def roles(names: Collection[str]) -> Mapping[str, str]:
+    """Name -> role, by the first layout whose names are all among a layer's children's; or {}."""
+    return next((layout for layout in _LAYOUTS if layout.keys() <= set(names)), {})
+
+
 def _sites_of(layers: Iterable[nn.Module]) -> dict[Site, nn.Module]:
     sites: dict[Site, nn.Module] = {}
     for index, layer in enumerate(layers):
@@ -136,7 +141,7 @@ def _sites_of(layers: Iterable[nn.Module]) -> dict[Site, nn.Module]:
             for name, child in layer.named_children()
             if not isinstance(child, nn.Identity | nn.ModuleList)
         }
-        layout = next((known for known in _LAYOUTS if known.keys() <= children.keys()), {})
+        layout = roles(children)
         by_role = {role: children[name] for name, role in layout.items()}
         sites |= {Site(index, role): by_role[role] for role in sorted(by_role)}
     return sites

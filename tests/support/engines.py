@@ -169,7 +169,7 @@ def start(
         **(v2_environment() if v2 else {}),
         **(_IN_PROCESS if in_process else {}),
     }
-    with environment(variables), _triton_here(v2), _inspecting_here(in_process):
+    with environment(variables), triton_here(v2), _inspecting_here(in_process):
         engine = Engine(
             LLM(
                 str(model),
@@ -196,7 +196,7 @@ def v2_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _triton_here(present: bool) -> Iterator[None]:
+def triton_here(present: bool) -> Iterator[None]:
     """This process makes a V2 engine's configuration, which asks for Triton, but runs no kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if present:

@@ -93,16 +93,17 @@ ARCHITECTURES = {
 }
 
 
-def make(name: str, folder: Path) -> Any:
+def make(name: str, folder: Path, **more: Any) -> Any:
     """Save a random model of an architecture; returns it, in fp32.
 
-    Weights are large and gains uneven, so that a wrong site, gain or order shows.
+    ``more`` goes into its config. Weights are large and gains uneven, so that a wrong site, gain or
+    order shows.
     """
     import transformers
 
     kind = ARCHITECTURES[name]
     options = kind.options if kind.own else {**_COMMON, **kind.options}
-    config = getattr(transformers, kind.config)(**options)
+    config = getattr(transformers, kind.config)(**{**options, **more})
     torch.manual_seed(sum(map(ord, name)))
     # Eager: transformers' other attentions leave out Gemma-2's soft cap.
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -136,6 +136,8 @@ def calibrate(
     # vLLM's own lines would tear the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # GiB, on a CPU: a prompt and one token need no more; vLLM would take nearly all memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from rich.progress import Progress
 
     from steering_planes.calibration import Options, format_confounds

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from steering_server.cli.calibrate import calibrate
+from steering_server.cli.planes import import_plane, inspect
 
 app = typer.Typer(
     name="steering",
@@ -41,6 +42,8 @@ def serve(
 
 
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate)
+app.command("import")(import_plane)
+app.command()(inspect)
 
 
 def main() -> None:

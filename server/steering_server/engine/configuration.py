@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steering_planes import Plane
+from steering_planes import open_plane
 from steering_server.engine.settings import SECTION, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         action="append",
         metavar="[NAME=]PATH",
         help="A plane that requests may name: a folder with steering_config.json and "
-        "steering_plane.safetensors. The name defaults to the plane's own. May be repeated.",
+        "steering_plane.safetensors, or hf://organisation/repository[@revision]. The name "
+        "defaults to the plane's own. May be repeated.",
     )
     group.add_argument(
         "--steering-max-planes",
@@ -83,7 +83,7 @@ def _named(flags: list[str]) -> dict[str, str]:
             name, path = "", flag
         if not path:
             raise SettingsError(f"--steering-plane {flag!r}: must be NAME=PATH or PATH")
-        name = name or Plane.load(Path(path)).name
+        name = name or open_plane(path).name
         if name in planes:
             raise SettingsError(f"--steering-plane {flag!r}: the name {name!r} is already taken")
         planes[name] = path

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from steering_planes import Plane, Site
+from steering_planes import Plane, Site, open_plane
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,7 +33,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     planes: dict[str, str] = Field(default_factory=dict)
-    """Name -> the plane's folder."""
+    """Name -> the plane's folder, or ``hf://organisation/repository@revision``."""
     max_planes: Annotated[int, Field(ge=1, le=8)] = 1
     """How many planes one request may combine; each costs a pass in the graph."""
     allow_model_mismatch: bool = False
@@ -81,7 +80,7 @@ class Settings(BaseModel):
             PlaneError: a plane that is missing or broken.
             SettingsError: a plane that changed on disk since the server read it.
         """
-        planes = {name: Plane.load(Path(path)) for name, path in self.planes.items()}
+        planes = {name: open_plane(path) for name, path in self.planes.items()}
         for name, digest in self.digests.items():
             if planes[name].digest != digest:
                 raise SettingsError(

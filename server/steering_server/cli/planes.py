@@ -1,0 +1,144 @@
+"""``steering import`` and ``steering inspect``: planes from elsewhere, and what a plane is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from steering_planes import Plane
+
+BUNDLED = Path(__file__).parents[3] / "steering_vectors"
+"""In a checkout, the planes that come with it."""
+
+# Names of models and the type that transformers gives them, where no config is at hand.
+_MODEL_TYPES = (
+    ("llama", "llama"),
+    ("qwen2.5", "qwen2"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("gemma-2", "gemma2"),
+    ("mistral", "mistral"),
+)
+
+
+def import_plane(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A folder with plane.pt, plane.pt itself, an .npy file, or two .gguf files."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write; its name names the plane.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Another name for the plane.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The model it is for; by default what the source says.")
+    ] = None,
+    model_type: Annotated[
+        str | None, typer.Option(help="As in the model's config.json: llama, qwen2, gemma2, …")
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(help="Of the model; by default as many as the source names.")
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Which to steer, as 18.attn_in,18.mlp_in; by default the source's."),
+    ] = None,
+    default_mode: Annotated[
+        Literal["rotate_by", "rotate_to"], typer.Option(help="The mode of requests that name none.")
+    ] = "rotate_by",
+    force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+) -> None:
+    """Bring in a plane that others have published, without running any code of theirs."""
+    from steering_planes import Extraction, Plane, PlaneConfig, PlaneError, Site
+    from steering_planes.legacy import read
+
+    chosen = None if sites is None else [Site.parse(site) for site in sites.split(",")]
+    found = read(sources, chosen)
+    base = base_model or found.base_model
+    if base is None:
+        raise PlaneError(
+            sources[0], "base_model", None, "the source names no model: give --base-model"
+        )
+    kind = model_type or next((kind for part, kind in _MODEL_TYPES if part in base.lower()), None)
+    if kind is None:
+        raise PlaneError(sources[0], "model_type", None, f"of {base} is unknown: give --model-type")
+    config = PlaneConfig(
+        name=name or output.resolve().name,
+        base_model_name_or_path=base,
+        model_type=kind,
+        hidden_size=next(iter(found.bases.values())).shape[1],
+        num_layers=num_layers or found.num_layers,
+        sites=tuple(found.bases),
+        default_mode=default_mode,
+        extraction=Extraction(method=found.method, data=found.data, n=found.n),
+    )
+    Plane(config, found.bases).save(output, overwrite=force)
+    typer.echo(f"{output}: plane {config.name} for {base}, {len(config.sites)} sites")
+
+
+def inspect(
+    plane: Annotated[
+        str, typer.Argument(help="A folder, hf://organisation/repository, or a bundled plane.")
+    ],
+) -> None:
+    """Say what a plane is, whether it is sound, and for which model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = locate(plane)
+    config = found.config
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    for key, value in facts_of(found).items():
+        facts.add_row(f"[bold]{key}[/bold]", value)
+    console.print(facts)
+    columns = sorted({key for of in config.statistics.values() for key in of})
+    if columns:
+        table = Table("site", "steered", *columns)
+        for site, of in config.statistics.items():
+            steered = "yes" if site in map(str, config.sites) else ""
+            table.add_row(site, steered, *(f"{of[k]:.4f}" if k in of else "" for k in columns))
+        console.print(table)
+
+
+def locate(plane: str) -> Plane:
+    """The plane at a location, or the bundled one of that name (``model/plane``).
+
+    Raises:
+        PlaneError: there is none, or it is not sound.
+    """
+    from steering_planes import open_plane
+
+    bundled = BUNDLED / plane
+    if not Path(plane).exists() and bundled.is_dir():
+        return open_plane(bundled)
+    return open_plane(plane)
+
+
+def facts_of(plane: Plane) -> dict[str, str]:
+    """What `inspect` says, in words."""
+    from steering_planes import orthonormality_error
+
+    config = plane.config
+    worst = max(orthonormality_error(basis) for basis in plane.bases.values())
+    layers = sorted({site.layer for site in config.sites})
+    return {
+        "plane": config.name,
+        "model": f"{config.base_model_name_or_path} ({config.model_type}, {config.num_layers} "
+        f"layers, hidden size {config.hidden_size})",
+        "digest": plane.digest,
+        "steers": f"{len(config.sites)} sites in {len(layers)} layers: "
+        + " ".join(map(str, config.sites)),
+        "default": config.default_mode
+        + ("" if config.default_angle is None else f" at {config.default_angle:g} degrees")
+        + ("" if config.gate is None else f", where c1 exceeds {config.gate:g}"),
+        "angles": config.angle_convention,
+        "found by": f"{config.extraction.method}; {config.extraction.data}; "
+        f"n = {config.extraction.n}",
+        "sound": f"yes: finite, orthonormal to {worst:.1e}, digest as written",
+    }

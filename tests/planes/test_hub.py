@@ -1,0 +1,63 @@
+"""`hf://` is the Hub's cache, its JSON and its safetensors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from planes import random_plane
+from steering_planes import Plane, PlaneError, open_plane
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plane:
+    """A plane at org/mood, revision v1, in a Hub cache; in its folder `deep` as well."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--mood"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.parent.mkdir(parents=True)
+    random_plane(snapshot, ["3.mlp_in"], name="mood")
+    shutil.copytree(snapshot, tmp_path / "copy")
+    (tmp_path / "copy").rename(snapshot / "deep")
+    refs = repository / "refs"
+    refs.mkdir()
+    (refs / "v1").write_text(COMMIT)
+    (refs / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return Plane.load(snapshot)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["hf://org/mood@v1", "hf://org/mood", f"hf://org/mood@{COMMIT}", "hf://org/mood/deep"],
+)
+def test_a_cached_repository_is_a_plane(plane: Plane, location: str) -> None:
+    assert open_plane(location).digest == plane.digest
+
+
+@pytest.mark.parametrize(
+    ("location", "rule"),
+    [
+        ("hf://mood", "must be hf://organisation/repository"),
+        ("hf://org/../mood/x y", "must be hf://organisation/repository"),
+        ("hf://org/other", "can't be had"),
+        ("hf://org/mood@v2", "can't be had"),
+        ("hf://org/mood/none", "must be a folder"),
+    ],
+)
+def test_what_is_not_there_is_one_line(plane: Plane, location: str, rule: str) -> None:
+    with pytest.raises(PlaneError, match=rule) as caught:
+        open_plane(location)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_stays_a_folder(tmp_path: Path) -> None:
+    path = random_plane(tmp_path / "mood", ["3.mlp_in"])
+    assert open_plane(path).digest == open_plane(str(path)).digest == Plane.load(path).digest
