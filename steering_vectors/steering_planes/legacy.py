@@ -31,6 +31,18 @@ from steering_planes.geometry import orthonormalise
 from steering_planes.sites import Site, roles
 
 
+# What readers of pickles raise at bytes that are none.
+_NOT_AN_ARCHIVE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Imported:
     """Bases [2, hidden] float32 of the selected sites, and what the source says of its model."""
@@ -111,7 +123,7 @@ def _weights(file: Path) -> dict[str, Any]:
         loaded = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise PlaneError(file, "file", file.name, "no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (*_NOT_AN_ARCHIVE, zipfile.BadZipFile, RuntimeError) as error:
         said = str(error).partition("\n")[0] or type(error).__name__
         rule = f"must be a torch archive of tensors and plain containers: {said}"
         raise PlaneError(file, "file", file.name, rule) from None
@@ -186,19 +198,15 @@ def _pickled(file: Path) -> dict[str, Any]:
         read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
         shape, _, dtype = read_header(content)
         if shape != () or dtype != np.dtype(object):
-            raise PlaneError(file, "array", f"{dtype}{list(shape)}", "must be one pickled object")
+            raise pickle.UnpicklingError(f"it is an array {list(shape)} of {dtype}")
         loaded = _ArraysOnly(content).load()
         if isinstance(loaded, np.ndarray) and loaded.shape == ():
             loaded = loaded.item()
     except OSError as error:
         raise PlaneError(file, "file", file.name, error.strerror or "can't be read") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+    except _NOT_AN_ARCHIVE as error:
         rule = f"must be a pickle of arrays and plain containers: {error}"
         raise PlaneError(file, "file", file.name, rule) from None
-    except PlaneError:
-        raise
-    except ValueError as error:
-        raise PlaneError(file, "file", file.name, f"must be an .npy file: {error}") from None
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and isinstance(v, dict) for k, v in loaded.items()
     ):
