@@ -30,7 +30,6 @@ from steering_planes.artifact import PlaneError
 from steering_planes.geometry import orthonormalise
 from steering_planes.sites import Site, roles
 
-
 # What readers of pickles raise at bytes that are none.
 _NOT_AN_ARCHIVE = (
     pickle.UnpicklingError,
