@@ -26,6 +26,7 @@ def recorded() -> list[str]:
     return shlex.split(line)
 
 
+@pytest.mark.slow
 def test_the_recorded_command_gives_the_same_plane(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,26 +1,38 @@
-"""`steering calibrate` on a tiny model: activations, the command, and generation with hooks."""
+"""`steering calibrate` on a tiny model, and generation with hooks."""
 
 import json
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-import typer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
-from typer.testing import CliRunner
 
+import engines
+from planes import random_plane
 from steering_planes.artifact import Plane
 from steering_planes.geometry import rotate_to
-from steering_planes.sites import Site, find_sites
-from steering_server.activations import collect, encode, prompt_text
-from steering_server.cli.calibrate import calibrate
+from steering_planes.sites import find_sites
+from steering_server.activations import encode, prompt_text
+from steering_server.cli.main import main
 from steering_server.evaluation.generation import generate
 
-PROMPTS = ["tell me about cats", "describe rain", "what is a good chair made of", "bread"]
+PROMPTS = [
+    "tell me about cats",
+    "describe rain",
+    "what is a good chair made of",
+    "bread",
+    "tell me about rain",
+    "describe bread",
+    "what is a cats chair",
+    "rain made of bread",
+    "describe cats",
+    "a good chair",
+]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -56,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32,
+        hidden_size=128,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -92,7 +104,7 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# Activations.
+# Prompts.
 
 
 def test_bos_is_there_once(tokenizer: Any) -> None:
@@ -105,27 +117,7 @@ def test_the_last_token_is_the_generation_prompt(tokenizer: Any) -> None:
     assert tokenizer.decode(batch["input_ids"][0, -1]) == "<assistant>"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_batches_give_what_single_prompts_give(model: Any, tokenizer: Any, batch_size: int) -> None:
-    found = collect(model, tokenizer, [user(prompt) for prompt in PROMPTS], batch_size)
-    assert list(found) == [Site(i, role) for i in range(2) for role in ("attn_in", "mlp_in")]
-    for row, prompt in enumerate(PROMPTS):
-        ids = tokenizer(
-            prompt_text(tokenizer, user(prompt)), add_special_tokens=False, return_tensors="pt"
-        )["input_ids"]
-        seen: list[Tensor] = []
-        norm = model.model.layers[1].post_attention_layernorm
-        handle = norm.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out))
-        with torch.no_grad():
-            model(ids)
-        handle.remove()
-        torch.testing.assert_close(
-            found[Site(1, "mlp_in")][row], seen[0][0, -1], rtol=1e-4, atol=1e-5
-        )
-
-
 def test_hooks_are_gone_afterwards(model: Any, tokenizer: Any) -> None:
-    collect(model, tokenizer, [user("bread")])
     generate(model, tokenizer, ["bread"], max_tokens=1)
     assert not any(module._forward_hooks for module in find_sites(model, 2).values())
 
@@ -140,98 +132,198 @@ def test_a_tokenizer_without_a_template_is_refused(folder: Path) -> None:
 # The command.
 
 
-def invoke(*arguments: object) -> Any:
-    app = typer.Typer()
-    app.command()(calibrate)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+@pytest.fixture
+def steering(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `steering calibrate …`, its engine in this process; gives exit status and output."""
+    for name, value in engines.IN_PROCESS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    # vLLM's log keeps the stream that some test before this one captured.
+    monkeypatch.setattr("logging.raiseExceptions", False)
+
+    def run(*words: object) -> tuple[int, str]:
+        argv = ["/bin/steering", "calibrate", *map(str, words)]
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code or 0
+        engines.forget_groups()
+        # A text is Python's to print, and its status 1.
+        said = [*capfd.readouterr(), code if isinstance(code, str) else ""]
+        return code if isinstance(code, int) else 1, "".join(said)
+
+    return run
 
 
-def run(folder: Path, contrast_set: Path, output: Path, *more: str) -> Any:
-    return invoke(
-        folder,
-        *("--contrast-set", contrast_set, "--output", output),
-        *("--planes", "per_site", "--granularity", "site", *more),
-    )
+BY_SITE = ("--planes", "per_site", "--granularity", "site", "--dtype", "float32", "--max-model-len",
+           "64", "--force")  # fmt: skip
 
 
-def test_it_writes_an_artifact(folder: Path, contrast_set: Path, tmp_path: Path) -> None:
-    result = run(folder, contrast_set, tmp_path / "mood", "--default-mode", "rotate_to")
-    assert result.exit_code == 0, result.output
-    plane = Plane.load(tmp_path / "mood")
+def test_it_writes_an_artifact_a_card_and_a_report(
+    steering: Callable[..., tuple[int, str]],
+    folder: Path,
+    contrast_set: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "mood"
+    output.mkdir()
+    (output / "mine").write_text("replaced, since forced")
+    (tmp_path / "table.md").write_text("| 0° | +0.9 |\n")
+    words = (folder, "--contrast-set", contrast_set, "-o", output, *BY_SITE)
+    status, said = steering(*words, "--default-mode", "rotate_to", "--measured",
+                            tmp_path / "table.md")  # fmt: skip
+    assert status == 0, said
+    assert {f.name for f in output.iterdir()} == {
+        "steering_config.json", "steering_plane.safetensors", "README.md", "report.md", "report.png"
+    }  # fmt: skip
+    plane = Plane.load(output)
     config = plane.config
     assert config.name == "mood"
     assert config.base_model_name_or_path == "Tiny-Llama"
-    assert (config.model_type, config.hidden_size, config.num_layers) == ("llama", 32, 2)
+    assert (config.model_type, config.hidden_size, config.num_layers) == ("llama", 128, 2)
     assert config.default_mode == "rotate_to"
     assert config.extraction.n == len(PROMPTS)
     assert config.extraction.data.startswith("mood.json sha256:")
     assert config.extraction.chat_template_sha256
-    assert ", ".join(map(str, plane.sites)) in result.output
-
-
-def test_calibrating_twice_gives_the_same_plane(
-    folder: Path, contrast_set: Path, tmp_path: Path
-) -> None:
-    for name in ("one", "two"):
-        assert run(folder, contrast_set, tmp_path / name, "--name", "mood").exit_code == 0
-    one, two = Plane.load(tmp_path / "one"), Plane.load(tmp_path / "two")
-    assert one.sites == two.sites
-    for site in one.sites:
-        cosines = (one.bases[site] * two.bases[site]).sum(1)
-        assert float(cosines.min()) >= 0.999
-
-
-def test_the_card_says_how_and_what(
-    folder: Path,
-    contrast_set: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/steering", "calibrate", "A model", "--margin", "2"])
-    (tmp_path / "table.md").write_text("| 0° | +0.9 |\n")
-    result = run(folder, contrast_set, tmp_path / "mood", "--measured", str(tmp_path / "table.md"))
-    assert result.exit_code == 0, result.output
-    card = (tmp_path / "mood" / "README.md").read_text()
-    assert f"    {shlex.join(['steering', 'calibrate', 'A model', '--margin', '2'])}\n" in card
+    assert all(0 <= of["auroc"] <= 1 for of in config.statistics.values())
+    assert ", ".join(map(str, plane.sites)) in said
+    card = (output / "README.md").read_text()
+    assert f"    {shlex.join(['steering', 'calibrate', *map(str, words)])} --default-mode" in card
     assert "# Steering plane `mood` for Tiny-Llama" in card
     assert "| 0° | +0.9 |" in card
     assert "{" not in card
-    for site in Plane.load(tmp_path / "mood").sites:
+    report = (output / "report.md").read_text()
+    assert "{" not in report
+    for site in plane.sites:
         assert f"\n| {site} | " in card
+        assert f"\n| {site} | yes | discriminates | " in report
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_files_are_two_classes(
+    steering: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path
+) -> None:
+    """Prompts or messages a line; and a wrapper around one class only is warned of."""
+    positive, negative = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    positive.write_text(
+        "".join(json.dumps({"prompt": f"please be good now {p}"}) + "\n" for p in PROMPTS)
+    )
+    negative.write_text(
+        "\n".join(json.dumps({"messages": user(p)}, indent=None) + "\n" for p in PROMPTS)
+    )
+    words = ("--positive", positive, "--negative", negative, "-o", tmp_path / "mood", *BY_SITE)
+    status, said = steering(folder, *words)
+    assert status == 0, said
+    assert "warning: 100% of the positive and 0% of the negative prompts begin with" in said
+    assert Plane.load(tmp_path / "mood").config.extraction.n == len(PROMPTS)
+
+
+def test_classes_that_do_not_separate_exit_2_unless_forced(
+    steering: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    # Held out is every fifth: those two say the opposite of the others.
+    for file, mine, others in zip(files, PROMPTS[:2], PROMPTS[1::-1], strict=True):
+        lines = [others if i % 5 == 4 else mine for i in range(10)]
+        file.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    words = ("--positive", files[0], "--negative", files[1], "-o", tmp_path / "mood", *BY_SITE)
+    status, said = steering(folder, *words[:-1])
+    assert status == 2
+    assert "the classes do not separate: the best selected site's held-out AUROC is 0.00" in said
+    assert not (tmp_path / "mood").exists()
+    status, said = steering(folder, *words)
+    assert status == 0
+    assert "warning: the classes do not separate" in said
+    Plane.load(tmp_path / "mood")
+
+
+def test_classes_without_any_difference_exit_2(
+    steering: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    status, said = steering(folder, "--positive", file, "--negative", file, "-o",
+                            tmp_path / "mood", *BY_SITE)  # fmt: skip
+    assert status == 2
+    assert "steering: error: the two classes have the same mean activation at every site" in said
+    assert not (tmp_path / "mood").exists()
+
+
+BAD_LINES = {
+    "": "holds no prompts",
+    '{"prompt": "a"}\n{"prompt": ': ":2: ",
+    '{"prompt": "a"}\n{"text": "b"}\n': ":2: ",
+    '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "b"}]}': "must be the user's",
+    '{"prompt": "a", "messages": []}': ":1: ",
+    '{"prompt": "only one"}': "a class needs at least 2",
+}
+
+
+@pytest.mark.parametrize("lines", BAD_LINES, ids=BAD_LINES.values())
+def test_bad_input_names_file_line_and_rule(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path, lines: str
+) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    bad.write_text(lines)
+    words = ("--positive", good, "--negative", bad, "-o", tmp_path / "mood")
+    status, said = steering("no model is loaded", *words)
+    assert status == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("steering: error: ")]
+    assert str(bad) in line
+    assert BAD_LINES[lines] in line
+
+
+def test_one_class_is_none(steering: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    status, said = steering("m", "--positive", tmp_path / "a.jsonl", "-o", tmp_path / "mood")
+    assert status == 2
+    assert "give --contrast-set, or --positive and --negative" in said
 
 
 def test_an_existing_output_is_kept_unless_forced(
-    folder: Path, contrast_set: Path, tmp_path: Path
+    steering: Callable[..., tuple[int, str]], contrast_set: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "mood"
     output.mkdir()
     (output / "mine").write_text("precious")
-    result = run(folder, contrast_set, output)
-    assert isinstance(result.exception, FileExistsError)
+    status, said = steering("m", "--contrast-set", contrast_set, "-o", output)
+    assert status == 1
+    assert f"{output}: exists; --force replaces it" in said
     assert (output / "mine").exists()
-    assert run(folder, contrast_set, output, "--force").exit_code == 0
-    assert not (output / "mine").exists()
-    Plane.load(output)
 
 
-def test_a_format_confound_is_warned_of(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "lists.json"
-    wrapped = [f"please be good now {prompt}" for prompt in PROMPTS]
-    sides = {"positive": {"prompts": wrapped}, "negative": {"prompts": PROMPTS}}
-    file.write_text(json.dumps(sides))
-    result = run(folder, file, tmp_path / "mood")
-    assert (
-        "warning: 100% of the positive and 0% of the negative prompts begin with" in result.stderr
-    )
+def test_activations_that_are_not_finite_are_refused(
+    steering: Callable[..., tuple[int, str]], folder: Path, contrast_set: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].input_layernorm.weight.data[3] = torch.nan
+    shutil.copytree(folder, tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    words = ("--contrast-set", contrast_set, "-o", tmp_path / "mood", *BY_SITE)
+    status, said = steering(tmp_path / "broken", *words)
+    assert status == 2
+    assert "are not all finite" in said
+    assert not (tmp_path / "mood").exists()
+
+
+def test_an_unknown_flag_is_vllms_to_refuse(
+    steering: Callable[..., tuple[int, str]], contrast_set: Path, tmp_path: Path
+) -> None:
+    status, said = steering("m", "--contrast-set", contrast_set, "-o", tmp_path / "x", "--no-such")
+    assert status == 2
+    assert "--no-such" in said
 
 
 # Generation.
 
 
 @pytest.fixture
-def plane(folder: Path, contrast_set: Path, tmp_path: Path) -> Plane:
-    assert run(folder, contrast_set, tmp_path / "mood").exit_code == 0
-    return Plane.load(tmp_path / "mood")
+def plane(tmp_path: Path) -> Plane:
+    shape = {"model_type": "llama", "hidden_size": 128, "num_layers": 2}
+    return Plane.load(random_plane(tmp_path / "mood", ["0.mlp_in", "1.attn_in"], **shape))
 
 
 def test_unsteered_text_is_the_models_own(model: Any, tokenizer: Any, plane: Plane) -> None:

@@ -74,6 +74,7 @@ def measured(smollm2: Path, bundled: Contrast) -> Calibrated:
     return calibrate(str(smollm2), bundled, name="mood", options=options, engine=FP32)
 
 
+@pytest.mark.slow
 def test_fp32_equals_transformers(measured: Calibrated, truth: tuple[Any, Any]) -> None:
     agree(
         measured.calibration,
@@ -82,6 +83,7 @@ def test_fp32_equals_transformers(measured: Calibrated, truth: tuple[Any, Any]) 
     )
 
 
+@pytest.mark.slow
 def test_activations_come_in_the_order_of_the_prompts(
     measured: Calibrated, truth: tuple[Any, Any]
 ) -> None:

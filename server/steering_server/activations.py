@@ -1,15 +1,14 @@
-"""Last-prompt-token activations of a transformers model at every steering site."""
+"""Conversations as a model reads them, and hooks on its norms."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steering_planes.contrast import Conversation
-from steering_planes.sites import Site, find_sites
+from steering_planes.sites import Site
 
 
 def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
@@ -55,28 +54,3 @@ def hooked(
         for site, module in modules.items():
             stack.callback(module.register_forward_hook(hook_of(site)).remove)
         yield
-
-
-@torch.inference_mode()
-def collect(
-    model: Any, tokenizer: Any, conversations: Sequence[Conversation], batch_size: int = 8
-) -> dict[Site, Tensor]:
-    """The last prompt token's activation at every site: [n, d] float32 on the CPU.
-
-    `model` is a transformers causal language model. Padding goes on the right, where a causal model
-    can't see it, and the last real token is read.
-    """
-    modules = find_sites(model, model.config.get_text_config().num_hidden_layers)
-    found: dict[Site, list[Tensor]] = {site: [] for site in modules}
-    for start in range(0, len(conversations), batch_size):
-        batch = encode(tokenizer, conversations[start : start + batch_size], "right")
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        last = batch["attention_mask"].sum(1) - 1
-        rows = torch.arange(len(last), device=last.device)
-
-        def keep(site: Site, output: Tensor, rows: Tensor = rows, last: Tensor = last) -> None:
-            found[site].append(output[rows, last].float().cpu())
-
-        with hooked(modules, keep):
-            model(**batch, use_cache=False)
-    return {site: torch.cat(parts) for site, parts in found.items()}

@@ -54,7 +54,14 @@ def check(name: str, folder: Path, *, v2: bool) -> None:
         assert float((torch.tensor(logprobs[: len(plain)]) - plain).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # In processes of their own, a minute each: one of them in CI.
+        pytest.param(name, marks=pytest.mark.slow) if name == "gpt_neox" else name
+        for name in tiny.ARCHITECTURES
+    ],
+)
 def test_v1_equals_transformers(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, v2=False)
 

@@ -29,14 +29,13 @@ def asked(tiny: Tiny, plane: str, folder: Path) -> tuple[list[Ask], list[traffic
 
 
 def test_other_sites_are_another_graph(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """Two engines that differ in nothing but their sites, and then the first again."""
+    """Two engines that differ in nothing but their sites."""
     counts = []
-    for plane in ("one", "three", "one"):
+    for plane in ("one", "three"):
         asks, replies, graphs = asked(tiny_llama, plane, tmp_path)
         counts.append(graphs)
         for ask, reply in zip(asks, replies, strict=True):
             traffic.check(tiny_llama.oracle, ask, reply)
         steered, unsteered = (reply.choices[0].logprobs for reply in replies)
         assert max(abs(a - b) for a, b in zip(steered, unsteered, strict=True)) > 0.01
-    assert counts[1] > counts[0], "the second engine left no graph of its own"
-    assert counts[2] == counts[1], "the first engine's graph was not found again"
+    assert counts == [1, 2], "the second engine left no graph of its own"

@@ -53,7 +53,7 @@ SPECULATIVE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def erratic_v1(tiny_llama: Tiny) -> Iterator[Engine]:
     """V1, asynchronous, in random chunks, with too few KV blocks for all requests at once."""
-    yield from engines.start(tiny_llama.model, tiny_llama.planes, **ERRATIC)
+    yield from engines.start(tiny_llama.model, tiny_llama.planes, in_process=True, **ERRATIC)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def erratic_v2(tiny_llama: Tiny) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def speculative_v1(tiny_llama: Tiny) -> Iterator[Engine]:
     """V1, synchronous, in chunks of 32, verifying up to five tokens a step."""
+    # Not in process: numba, which proposes n-grams, has modules that vLLM cannot look through.
     yield from engines.start(tiny_llama.model, tiny_llama.planes, **SPECULATIVE)
 
 
@@ -154,7 +155,7 @@ def test_thirty_six_angles_compute_a_prompt_once(speculative_v1: Engine, tiny_ll
         for i, (each, reply) in enumerate(zip(sweep(scope), replies, strict=True)):
             traffic.check(tiny_llama.oracle, each, reply)
             # What was not shared was computed afresh anyway.
-            if scope == "generated" or i % 6 == 0:
+            if i % (3 if scope == "generated" else 12) == 0:
                 speculative_v1.forget()
                 (fresh,) = traffic.send(speculative_v1, [each])
                 assert fresh.cached == 0
@@ -203,7 +204,7 @@ def test_a_refused_request_changes_none_beside_it(speculative_v1: Engine, tiny_l
 
 @pytest.mark.parametrize(
     ("engine", "count"),
-    [("erratic_v1", 300), ("erratic_v2", 50)],
+    [("erratic_v1", 300), ("erratic_v2", 30)],
     indirect=["engine"],
 )
 def test_random_traffic_equals_transformers(engine: Engine, count: int, tiny_llama: Tiny) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 INTERPRETER = Path(__file__).parent / "interpreter"
 # Unbound: vLLM would bind this process's threads, and those of all it starts, to cores.
-_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 BLOCK = 32
 
 
@@ -167,9 +167,9 @@ def start(
         # Set for this process's kernel tests; V1 runs as it does where nobody asks for Triton.
         "TRITON_INTERPRET": "0",
         **(v2_environment() if v2 else {}),
-        **(_IN_PROCESS if in_process else {}),
+        **(IN_PROCESS if in_process else {}),
     }
-    with environment(variables), triton_here(v2), _inspecting_here(in_process):
+    with environment(variables), triton_here(v2), _inspecting_here():
         engine = Engine(
             LLM(
                 str(model),
@@ -180,10 +180,15 @@ def start(
     yield engine
     engine.close()
     if in_process:
-        from vllm.distributed import cleanup_dist_env_and_memory
+        forget_groups()
 
-        # What groups there are depends on the model: the next one must make its own.
-        cleanup_dist_env_and_memory()
+
+def forget_groups() -> None:
+    """After an engine in this process: what groups there are depends on the model, and the next
+    one must make its own."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def v2_environment() -> dict[str, str]:
@@ -205,12 +210,11 @@ def triton_here(present: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _inspecting_here(present: bool) -> Iterator[None]:
+def _inspecting_here() -> Iterator[None]:
     """vLLM asks a process of its own, 18 s a time, what each architecture's class can do."""
     with pytest.MonkeyPatch.context() as patch:
-        if present:
-            registry = "vllm.model_executor.models.registry"
-            patch.setattr(f"{registry}._run_in_subprocess", lambda function: function())
+        registry = "vllm.model_executor.models.registry"
+        patch.setattr(f"{registry}._run_in_subprocess", lambda function: function())
         yield
 
 
