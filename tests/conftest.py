@@ -104,4 +104,13 @@ def engine(request: pytest.FixtureRequest) -> Any:
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`steering serve` with the bundled plane, as `make serve` starts it, but eager and in fp32."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    yield from servers.serve(smollm2, {"sentiment": SENTIMENT}, log)
+    yield from servers.serve(
+        smollm2,
+        {"sentiment": SENTIMENT},
+        log,
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
+        # Else a small model fills its answer with the blanks that JSON allows.
+        "--structured-outputs-config",
+        '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    )

@@ -25,6 +25,7 @@ def start(tiny: Tiny, kernels: str) -> Iterator[Engine]:
     yield from engines.start(tiny.model, tiny.planes, v2=True, steering=steering, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_with_plain_torch_and_with_transformers(
     tiny_llama: Tiny, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,8 +58,9 @@ def erratic_v1(tiny_llama: Tiny) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def erratic_v2(tiny_llama: Tiny) -> Iterator[Engine]:
-    """V2 likewise."""
-    yield from engines.start(tiny_llama.model, tiny_llama.planes, v2=True, **ERRATIC)
+    """V2 likewise, and on Triton's kernels."""
+    options = {**ERRATIC, "steering": {**ERRATIC["steering"], "kernels": "triton"}}
+    yield from engines.start(tiny_llama.model, tiny_llama.planes, v2=True, **options)
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,8 @@ def serve(
             _wait(connected, process, log)
             yield Server("127.0.0.1", port, connected)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         finally:
