@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from steering_planes.artifact import PlaneError
+from steering_planes.artifact import Extraction, Mode, Plane, PlaneConfig, PlaneError
 from steering_planes.geometry import orthonormalise
 from steering_planes.sites import Site, roles
 
@@ -52,6 +53,66 @@ class Imported:
     method: str
     data: str
     n: int
+
+
+# Names of models and the type that transformers gives them, where no config is at hand.
+_MODEL_TYPES = (
+    ("llama", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("gemma-2", "gemma2"),
+    ("mistral", "mistral"),
+)
+
+
+def import_plane(
+    sources: Sequence[Path],
+    *,
+    name: str,
+    base_model: str | None = None,
+    model_type: str | None = None,
+    num_layers: int | None = None,
+    sites: Sequence[Site] | None = None,
+    default_mode: Mode = "rotate_by",
+) -> Plane:
+    """A published plane as one of ours.
+
+    Args:
+        sources: a folder or file of Selective Steering, a file of Angular Steering, or two GGUF
+            files, of which the first gives b1.
+        name: the plane's.
+        base_model: the model it is for; what the source says unless given.
+        model_type: as in the model's config.json; by the model's name unless given.
+        num_layers: of the model; as many as the source names unless given.
+        sites: which of them to keep; required where the source selects none.
+        default_mode: of requests that name none.
+
+    Raises:
+        PlaneError: as `read`, or a model that is neither named nor known.
+    """
+    found = read(sources, sites)
+    base = base_model or found.base_model
+    if base is None:
+        raise PlaneError(sources[0], "base_model", None, "the source names none: name the model")
+    kind = model_type or next((kind for part, kind in _MODEL_TYPES if part in base.lower()), None)
+    if kind is None:
+        raise PlaneError(sources[0], "model_type", None, f"that of {base} is not known: name it")
+    try:
+        config = PlaneConfig(
+            name=name,
+            base_model_name_or_path=base,
+            model_type=kind,
+            hidden_size=next(iter(found.bases.values())).shape[1],
+            num_layers=num_layers or found.num_layers,
+            sites=tuple(found.bases),
+            default_mode=default_mode,
+            extraction=Extraction(method=found.method, data=found.data, n=found.n),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "config"
+        raise PlaneError(sources[0], field, first["input"], first["msg"]) from None
+    return Plane(config, found.bases)
 
 
 def read(sources: Sequence[Path], sites: Sequence[Site] | None = None) -> Imported:

@@ -13,16 +13,6 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parents[3] / "steering_vectors"
 """In a checkout, the planes that come with it."""
 
-# Names of models and the type that transformers gives them, where no config is at hand.
-_MODEL_TYPES = (
-    ("llama", "llama"),
-    ("qwen2.5", "qwen2"),
-    ("qwen2", "qwen2"),
-    ("qwen3", "qwen3"),
-    ("gemma-2", "gemma2"),
-    ("mistral", "mistral"),
-)
-
 
 def import_plane(
     sources: Annotated[
@@ -54,31 +44,27 @@ def import_plane(
     force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
 ) -> None:
     """Bring in a plane that others have published, without running any code of theirs."""
-    from steering_planes import Extraction, Plane, PlaneConfig, PlaneError, Site
-    from steering_planes.legacy import read
+    from steering_planes import Site, legacy
 
-    chosen = None if sites is None else [Site.parse(site) for site in sites.split(",")]
-    found = read(sources, chosen)
-    base = base_model or found.base_model
-    if base is None:
-        raise PlaneError(
-            sources[0], "base_model", None, "the source names no model: give --base-model"
-        )
-    kind = model_type or next((kind for part, kind in _MODEL_TYPES if part in base.lower()), None)
-    if kind is None:
-        raise PlaneError(sources[0], "model_type", None, f"of {base} is unknown: give --model-type")
-    config = PlaneConfig(
+    try:
+        chosen = None if sites is None else [Site.parse(site) for site in sites.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sites") from None
+    plane = legacy.import_plane(
+        sources,
         name=name or output.resolve().name,
-        base_model_name_or_path=base,
-        model_type=kind,
-        hidden_size=next(iter(found.bases.values())).shape[1],
-        num_layers=num_layers or found.num_layers,
-        sites=tuple(found.bases),
+        base_model=base_model,
+        model_type=model_type,
+        num_layers=num_layers,
+        sites=chosen,
         default_mode=default_mode,
-        extraction=Extraction(method=found.method, data=found.data, n=found.n),
     )
-    Plane(config, found.bases).save(output, overwrite=force)
-    typer.echo(f"{output}: plane {config.name} for {base}, {len(config.sites)} sites")
+    plane.save(output, overwrite=force)
+    config = plane.config
+    typer.echo(
+        f"{output}: plane {config.name} for {config.base_model_name_or_path}, "
+        f"{len(config.sites)} sites"
+    )
 
 
 def inspect(

@@ -1,0 +1,120 @@
+"""`steering import` and `steering inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planes import random_plane
+from steering_planes import Plane, Site
+from steering_server.cli.main import main
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def steering(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `steering …`; gives exit status and output."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["/bin/steering", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code or 0
+        said = [*capsys.readouterr(), code if isinstance(code, str) else ""]
+        return code if isinstance(code, int) else 1, "".join(said)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file of Angular Steering's: a basis at each norm of two layers."""
+    rng = np.random.default_rng(0)
+    directions = {
+        f"model.layers.{layer}.{norm}": {
+            key: rng.normal(size=16) for key in ("first_direction", "second_direction")
+        }
+        for layer in range(2)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    file = tmp_path / "refusal.npy"
+    np.save(file, np.array(directions, dtype=object), allow_pickle=True)
+    return file
+
+
+def test_a_published_plane_is_brought_in(
+    steering: Callable[..., tuple[int, str]], source: Path, tmp_path: Path
+) -> None:
+    words = ("import", source, "-o", tmp_path / "refusal", "--sites", "0.mlp_in,1.attn_in")
+    status, said = steering(*words, "--base-model", "Qwen/Qwen2.5-7B-Instruct")
+    assert status == 0, said
+    plane = Plane.load(tmp_path / "refusal")
+    assert plane.sites == (Site(0, "mlp_in"), Site(1, "attn_in"))
+    assert (plane.config.model_type, plane.config.num_layers) == ("qwen2", 2)
+    status, said = steering(*words, "--base-model", "Qwen/Qwen2.5-7B-Instruct")
+    assert status == 1
+    assert "never written over another unasked" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ((), "name the model"),
+        (("--base-model", "org/Unheard-of"), "that of org/Unheard-of is not known"),
+        (("--base-model", "org/llama", "--sites", "7.mlp_in"), "must be one of 0.attn_in"),
+        (("--base-model", "org/llama", "--sites", "x"), "a site is written"),
+    ],
+)
+def test_what_is_missing_is_named(
+    steering: Callable[..., tuple[int, str]],
+    source: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    rule: str,
+) -> None:
+    sites = () if "--sites" in more else ("--sites", "0.mlp_in")
+    status, said = steering("import", source, "-o", tmp_path / "refusal", *sites, *more)
+    assert status != 0
+    assert rule in said
+    assert not (tmp_path / "refusal").exists()
+
+
+def test_inspect_says_what_a_plane_is(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = random_plane(tmp_path / "mood", ["3.mlp_in", "20.attn_in"])
+    status, said = steering("inspect", path)
+    assert status == 0
+    plane = Plane.load(path)
+    for word in (
+        plane.digest,
+        "HuggingFaceTB/SmolLM2-135M-Instruct (llama, 30 layers, hidden size 576)",
+        "2 sites in 2 layers: 3.mlp_in 20.attn_in",
+        "yes: finite, orthonormal to",
+    ):
+        assert word in said
+
+
+def test_inspect_knows_the_bundled_planes(steering: Callable[..., tuple[int, str]]) -> None:
+    status, said = steering("inspect", "smollm2-135m-instruct/sentiment")
+    assert status == 0
+    bundled = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
+    assert Plane.load(bundled).digest in said
+
+
+def test_inspect_refuses_a_plane_that_is_not_sound(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = random_plane(tmp_path / "mood", ["3.mlp_in"])
+    (path / "steering_plane.safetensors").write_bytes(b"x")
+    for location in (path, tmp_path / "none", "hf://nowhere"):
+        status, said = steering("inspect", location)
+        assert status == 1
+        assert said.startswith("steering: error: ")

@@ -1,0 +1,57 @@
+"""The published planes, imported and served: on random models of their shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engines
+import tiny
+import traffic
+from oracle import Oracle, Turn
+from steering_planes.legacy import import_plane
+from traffic import Ask
+
+REFERENCE = Path(__file__).parents[3] / "shared/reference"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the published artifacts are not in a clone")
+@pytest.mark.parametrize(
+    ("name", "architecture", "layers"),
+    [
+        ("Llama-3.2-1B-Instruct", "llama", 16),
+        ("Qwen2.5-7B-Instruct", "qwen2", 28),
+        ("gemma-2-2b-it", "gemma2", 26),
+    ],
+)
+def test_an_imported_plane_steers_as_transformers_does(
+    name: str, architecture: str, layers: int, tmp_path: Path
+) -> None:
+    plane = import_plane([REFERENCE / f"calibration_{name}"], name="refusal")
+    plane.save(tmp_path / "refusal")
+    shape: dict[str, Any] = {
+        "hidden_size": plane.config.hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": 64,
+    }
+    model = tiny.make(architecture, tmp_path / name, **shape)
+    oracle = Oracle(model, tiny.ARCHITECTURES[architecture].norms)
+    steerings = [
+        [Turn(tmp_path / "refusal", angle, mode)]
+        for angle, mode in ((180, "rotate_by"), (90, "rotate_to"))
+    ]
+    prompt = [5 + 3 * i for i in range(40)]
+    planes = {"refusal": tmp_path / "refusal"}
+    asks = [Ask(prompt, t, traffic.fields(t, planes), tokens=8) for t in (*steerings, [])]
+    starting = engines.start(
+        tmp_path / name, planes, in_process=True, skip_tokenizer_init=True, max_model_len=128
+    )
+    for engine in starting:
+        replies = traffic.send(engine, asks)
+    for ask, reply in zip(asks, replies, strict=True):
+        traffic.check(oracle, ask, reply)
+    firsts = {round(reply.choices[0].logprobs[0], 3) for reply in replies}
+    assert len(firsts) == 3
