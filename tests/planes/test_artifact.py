@@ -1,6 +1,9 @@
 """steering_planes.artifact: a plane survives its files, and bad files are refused by name."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from planes import random_plane
 from steering_planes.artifact import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -339,3 +343,22 @@ def test_another_shape_is_always_refused(field: str) -> None:
     for allow in (False, True):
         with pytest.raises(PlaneError, match=f"{field}=5"):
             plane().check_model(**arguments, allow_mismatch=allow)
+
+
+def test_a_killed_save_leaves_no_half_of_a_plane(tmp_path: Path) -> None:
+    """The process dies between the last file and the folder's name."""
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+from planes import random_plane
+Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+random_plane(Path({str(tmp_path / "mood")!r}), ["3.mlp_in"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "mood").exists()
+    # What is left bears no plane's name, and is no hindrance to the next run.
+    assert all(left.name.startswith(".mood.") for left in tmp_path.iterdir())
+    random_plane(tmp_path / "mood", ["3.mlp_in"])
+    Plane.load(tmp_path / "mood")

@@ -16,11 +16,13 @@ from steering_planes.calibration import (
     CalibrationError,
     Options,
     SiteStatistics,
+    auroc,
     calibrate,
     discriminative_sites,
     feature_direction,
     first_component,
     format_confounds,
+    separation,
 )
 from steering_planes.geometry import orthonormality_error
 from steering_planes.sites import Site
@@ -454,3 +456,34 @@ def test_a_wrapper_around_one_side_is_noticed(form: str, warning: str) -> None:
         pytest.importorskip("re").search(warning, w) for w in format_confounds(wrapped, TOPICS)
     )
     assert format_confounds(wrapped, wrapped) == []
+
+
+def test_auroc_is_the_chance_of_the_right_order() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    assert auroc(scores + 3, scores) == 1.0
+    assert auroc(scores, scores + 3) == 0.0
+    assert auroc(scores, scores) == 0.5
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0])) == 0.5
+
+
+def test_separation_is_measured_on_what_the_direction_has_not_seen() -> None:
+    """In noise a direction separates the examples that made it, and no others."""
+    site = Site(0, "mlp_in")
+    generator = torch.Generator().manual_seed(0)
+
+    def noise() -> Activations:
+        return {site: torch.randn(40, 400, generator=generator, dtype=torch.float64)}
+
+    positive, negative = noise(), noise()
+    direction = positive[site].mean(0) - negative[site].mean(0)
+    seen = auroc(positive[site] @ direction, negative[site] @ direction)
+    assert seen > 0.95
+    assert 0.2 < separation(positive, negative, Options(), 5)[site] < 0.8
+    shifted = {site: positive[site] + direction * 3}
+    assert separation(shifted, negative, Options(), 5)[site] > 0.95
+
+
+def test_too_few_examples_are_not_held_out() -> None:
+    positive, negative = model()
+    few = [{site: x[:9] for site, x in side.items()} for side in (positive, negative)]
+    assert separation(few[0], few[1], Options(), 5) == {}
