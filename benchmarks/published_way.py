@@ -7,6 +7,7 @@ matrix I - P + B R(angle) B^T for one angle of the whole process.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,32 @@ import torch
 from steering_planes import Plane, find_sites
 
 
-class Hooks:
-    """Mixed into vLLM's worker (``--worker-extension-cls``)."""
+def _worker_class() -> Any:
+    if torch.cuda.is_available():
+        from vllm.v1.worker.gpu_worker import Worker
 
-    model_runner: Any
+        return Worker
+    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    def install_hooks(self, plane: str, degrees: float) -> int:
-        """Hook every site of a plane; returns how many."""
-        loaded = Plane.load(Path(plane))
+    return CPUWorker
+
+
+class HookedWorker(_worker_class()):  # type: ignore[misc]
+    """vLLM's worker (``--worker-cls``), with every site of a plane hooked at one angle.
+
+    The plane's folder and the angle in degrees are in the environment.
+    """
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        plane = Plane.load(Path(os.environ["PUBLISHED_WAY_PLANE"]))
+        degrees = float(os.environ["PUBLISHED_WAY_DEGREES"])
         model = self.model_runner.get_model()
-        sites = find_sites(model, loaded.config.num_layers)
+        sites = find_sites(model, plane.config.num_layers)
         dtype = next(model.parameters()).dtype
-        for site in loaded.sites:
-            matrix = rotation_matrix(loaded.bases[site], degrees).to(dtype)
+        for site in plane.sites:
+            matrix = rotation_matrix(plane.bases[site], degrees).to(dtype)
             sites[site].register_forward_hook(_hook(matrix))
-        return len(loaded.sites)
 
 
 def rotation_matrix(basis: torch.Tensor, degrees: float) -> torch.Tensor:

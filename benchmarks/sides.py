@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -30,12 +29,11 @@ _PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 @dataclass(frozen=True)
 class Side:
-    """One server: its command up to the model, more flags, and what it is told once it is up."""
+    """One server: its command up to the model, and more flags and environment."""
 
     command: list[str]
     flags: Callable[[Path], list[str]] = lambda folder: []
     environment: dict[str, str] = field(default_factory=dict)
-    prepare: Callable[[int], None] = lambda port: None
 
 
 def all_sites(folder: Path) -> list[str]:
@@ -61,19 +59,6 @@ def all_sites(folder: Path) -> list[str]:
     return ["--steering-plane", f"all={folder / 'all'}"]
 
 
-def install_hooks(port: int) -> None:
-    """Let the worker of the published way put its hooks in."""
-    body = {"method": "install_hooks", "args": [str(BUNDLED), 30.0]}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/collective_rpc",
-        data=json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as response:
-        if response.status != 200:
-            raise RuntimeError(f"hooks were not installed: {response.status}")
-
-
 _WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 SIDES = {
     "plain": Side(_PLAIN, environment=_WITHOUT_PLUGINS),
@@ -82,13 +67,13 @@ SIDES = {
     "all": Side(_OURS, all_sites),
     "published": Side(
         _PLAIN,
-        lambda folder: ["--enforce-eager", "--worker-extension-cls", "published_way.Hooks"],
+        lambda folder: ["--enforce-eager", "--worker-cls", "published_way.HookedWorker"],
         {
             **_WITHOUT_PLUGINS,
-            "VLLM_SERVER_DEV_MODE": "1",
+            "PUBLISHED_WAY_PLANE": str(BUNDLED),
+            "PUBLISHED_WAY_DEGREES": "30",
             "PYTHONPATH": str(Path(__file__).parent),
         },
-        install_hooks,
     ),
 }
 
@@ -115,7 +100,6 @@ def serve(side: Side, folder: Path) -> Iterator[int]:
         )
     try:
         _wait(port, process, log)
-        side.prepare(port)
         yield port
     finally:
         # vLLM's children can outlive it; the group has no one else in it.

@@ -145,7 +145,7 @@ class RecordingWorker:
 
     def steering_take(self) -> dict[str, bytes]:
         """What was recorded: site -> [n, hidden] float32, as bytes; empty beside rank 0."""
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
         taken = self.steering_recording.take()
         # Under tensor parallelism every rank has the whole of a norm's output.
