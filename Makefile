@@ -56,12 +56,12 @@ test-slow: $(STAMP) ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)
 
 bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
-	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/host_rows.py
 	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
 
 gpu-check: $(STAMP) ## On a GPU: the kernels' tests and their speed, with a verdict.
 	$(BIN)/pytest tests/kernels $(ARGS)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 compat: $(STAMP) ## Check another vLLM's source, VLLM_SRC, against the ledger.
 	$(BIN)/python -m steering_server.engine.compat "$(VLLM_SRC)"

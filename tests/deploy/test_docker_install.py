@@ -45,6 +45,8 @@ def environment(folder: Path) -> tuple[dict[str, str], Path]:
         "PATH": f"{folder / 'venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin",
         "HOME": str(folder / "home"),
         "VLLM_NO_USAGE_STATS": "1",
+        # Most of an install's time; what is imported here is compiled when it is.
+        "PIP_NO_COMPILE": "1",
     }
     (packages,) = (folder / "venv").glob("lib/python3*/site-packages")
     return env, packages
