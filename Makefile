@@ -50,7 +50,7 @@ load: $(STAMP) ## Load-test the running server, unsteered and steered.
 	$(BIN)/python deploy/load.py --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(STAMP) ## Run the tests that CI runs.
-	$(BIN)/pytest -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadgroup -m 'not slow and not gpu' $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)

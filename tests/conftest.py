@@ -32,9 +32,27 @@ REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
 
 
+# What is shared by tests of several files: they run in one process, whichever of two it is.
+SHARED = {"v1": "v1", "plain": "v1", "v1_compiled": "v1", "v2": "v2", "server": "server"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share an engine or a server stay together; others stay with their file's."""
+    for item in items:
+        used = set(getattr(item, "fixturenames", ()))
+        if (spec := getattr(item, "callspec", None)) is not None:
+            used |= {value for value in spec.params.values() if isinstance(value, str)}
+        group = next((SHARED[name] for name in SHARED if name in used), item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _environment(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     engines.default_environment(tmp_path_factory.mktemp("vllm-cache"))
+    # vLLM would bind the engines of both processes to the first core.
+    if worker_id != "master" and (os.cpu_count() or 1) > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = worker_id.removeprefix("gw")
 
 
 @pytest.fixture(scope="session")
