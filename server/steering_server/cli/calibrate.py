@@ -159,7 +159,7 @@ def calibrate(
             default_mode=default_mode,
             default_angle=default_angle,
             gate=gate,
-            engine=engine_arguments(context.args),
+            engine=engine_arguments(model, context.args),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     _judge(found, force)
@@ -178,8 +178,8 @@ def calibrate(
     )
 
 
-def engine_arguments(words: list[str]) -> dict[str, Any]:
-    """The arguments of vLLM's engine that its flags in ``words`` set.
+def engine_arguments(model: str, words: list[str]) -> dict[str, Any]:
+    """The arguments of vLLM's engine that its flags in ``words`` set, but the model.
 
     Exits 2, as vLLM's parser does, at a flag that it does not know.
     """
@@ -190,7 +190,9 @@ def engine_arguments(words: list[str]) -> dict[str, Any]:
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="steering calibrate"))
     given, untouched = (
-        vars(EngineArgs.from_cli_args(parser.parse_args(each))) for each in (words, [])
+        # With the model: vLLM would look its default one up on the Hub.
+        vars(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *each])))
+        for each in (words, [])
     )
     return {key: value for key, value in given.items() if value != untouched[key]}
 
