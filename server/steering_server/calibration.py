@@ -203,12 +203,12 @@ def _ids(llm: Any, tokenizer: Any, example: Example) -> list[int]:
 def _run(
     llm: Any, prompts: Sequence[list[int]], hidden: int, advance: Callable[[int], None]
 ) -> dict[Site, Tensor]:
-    """[n, hidden] a site, in the order of the prompts."""
+    """[n, hidden] a site, in the order in which the scheduler ends the prompts: first come, first
+    served."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     parts: dict[Site, list[Tensor]] = {}
-    # One at a time into the scheduler's order: which prompt a row belongs to is then its place.
     size = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
