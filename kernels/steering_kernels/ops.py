@@ -26,8 +26,8 @@ def choose(device: torch.device, wanted: Literal["auto", "triton", "torch"] = "a
     """The kernels for a device.
 
     ``torch`` is plain torch traced into the model's graph, where Inductor fuses it with the norm
-    before it; ``triton`` is ours. On a CPU the first is the faster one, since an opaque op cannot be
-    fused, and Triton only has its interpreter.
+    before it; ``triton`` is ours. On a CPU the first is the faster one, since an opaque op cannot
+    be fused, and Triton only has its interpreter.
 
     Raises:
         ValueError: Triton's kernels wanted where they cannot run.
