@@ -17,7 +17,8 @@ ARGS ?=
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= $(if $(MODEL),0,1)
 ifeq ($(BACKEND),cpu)
-export VLLM_CPU_KVCACHE_SPACE ?= 2
+# GiB; vLLM would take nearly all memory.
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 endif
 
 .PHONY: help setup serve demo load test test-slow bench gpu-check compat check format clean

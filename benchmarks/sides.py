@@ -22,6 +22,8 @@ from steering_server.bundled_model import ensure
 MODEL = "smollm2"
 BUNDLED = Path(__file__).parents[1] / "steering_vectors/smollm2-135m-instruct/sentiment"
 START_SECONDS = 600
+# All servers are up at once: on a CPU each would take nearly all memory. It holds 10000 tokens.
+KV_CACHE = [] if torch.cuda.is_available() else ["--kv-cache-memory-bytes", "256M"]
 
 _OURS = [str(Path(sys.executable).parent / "steering"), "serve"]
 _PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
@@ -87,7 +89,7 @@ def serve(side: Side, folder: Path) -> Iterator[int]:
     words = [
         *side.command, str(ensure()), "--served-model-name", MODEL, "--host", "127.0.0.1",
         "--port", str(port), "--max-model-len", "1024", "--max-num-seqs", "64",
-        "--no-enable-prefix-caching", *side.flags(folder),
+        "--no-enable-prefix-caching", *KV_CACHE, *side.flags(folder),
     ]  # fmt: skip
     log = folder / f"{port}.log"
     with log.open("w") as output:
@@ -95,7 +97,7 @@ def serve(side: Side, folder: Path) -> Iterator[int]:
             words,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **side.environment},
+            env={**os.environ, **side.environment},
             start_new_session=True,
         )
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,10 @@ SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
 SHARED = {"v1": "v1", "plain": "v1", "v1_compiled": "v1", "v2": "v2", "server": "server"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
     """Tests that share an engine or a server stay together; others stay with their file's."""
     for item in items:
         used = set(getattr(item, "fixturenames", ()))
@@ -45,6 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             used |= {value for value in spec.params.values() if isinstance(value, str)}
         group = next((SHARED[name] for name in SHARED if name in used), item.path.name)
         item.add_marker(pytest.mark.xdist_group(group))
+    yield
+    if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in items):
+        raise pytest.UsageError("xdist ignores the groups: each process would start every engine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,11 +29,9 @@ def recorded() -> list[str]:
 @pytest.mark.slow
 def test_the_recorded_command_gives_the_same_plane(smollm2: Path, tmp_path: Path) -> None:
     words = recorded()
-    # Elsewhere than in the card are the model's cache, the output and the text to include.
+    # Elsewhere than in the card are the model's cache and the output.
     words[0] = str(smollm2)
     words[words.index("--output") + 1] = str(tmp_path / "sentiment")
-    at = words.index("--measured")
-    del words[at : at + 2]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(
         [command("steering"), "calibrate", *words],

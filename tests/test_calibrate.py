@@ -158,7 +158,7 @@ def steering(
 
 
 BY_SITE = ("--planes", "per_site", "--granularity", "site", "--dtype", "float32", "--max-model-len",
-           "64", "--force")  # fmt: skip
+           "64", "--kv-cache-memory-bytes", "64M", "--force")  # fmt: skip
 
 
 def test_it_writes_an_artifact_a_card_and_a_report(
@@ -190,7 +190,9 @@ def test_it_writes_an_artifact_a_card_and_a_report(
     assert all(0 <= of["auroc"] <= 1 for of in config.statistics.values())
     assert ", ".join(map(str, plane.sites)) in said
     card = (output / "README.md").read_text()
-    assert f"    {shlex.join(['steering', 'calibrate', *map(str, words)])} --default-mode" in card
+    # As it was typed, but for the file that nobody else has.
+    typed = shlex.join(["steering", "calibrate", *map(str, words)])
+    assert f"    {typed} --default-mode rotate_to\n" in card
     assert "# Steering plane `mood` for Tiny-Llama" in card
     assert "| 0° | +0.9 |" in card
     assert "{" not in card

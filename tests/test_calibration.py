@@ -21,7 +21,11 @@ from steering_server.calibration import Calibrated, calibrate, record
 
 REPOSITORY = Path(__file__).parents[1]
 CONTRAST = REPOSITORY / "steering_vectors/contrast_sets/sentiment.json"
-SHORT = {"max_model_len": 512, "max_num_seqs": 32}
+SHORT = {
+    "max_model_len": 512,
+    "max_num_seqs": 32,
+    "kv_cache_memory_bytes": engines.KV_CACHE,
+}
 FP32 = {"dtype": "float32", **SHORT}
 
 

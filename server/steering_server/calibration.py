@@ -31,6 +31,10 @@ from steering_server.engine.recording import WORKER_EXTENSION
 HELD_OUT = 5
 """Every fifth example of each class is held out where separation is measured."""
 
+CPU_KV_CACHE = 2 << 30
+"""Bytes of KV cache on a CPU, unless the engine's arguments say: vLLM would take nearly all memory,
+and a prompt with one token needs little."""
+
 Progress = Callable[[int, int], None]
 """Called with the prompts done so far, and all of them."""
 
@@ -170,10 +174,12 @@ def record(
 @contextlib.contextmanager
 def _engine(model: str, arguments: Mapping[str, Any]) -> Iterator[Any]:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     llm = LLM(
         model,
         **{
+            **({"kv_cache_memory_bytes": CPU_KV_CACHE} if current_platform.is_cpu() else {}),
             **{key: value for key, value in arguments.items() if value is not None},
             "enforce_eager": True,
             "worker_extension_cls": WORKER_EXTENSION,

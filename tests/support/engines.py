@@ -15,6 +15,8 @@ INTERPRETER = Path(__file__).parent / "interpreter"
 # Unbound: vLLM would bind this process's threads, and those of all it starts, to cores.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 BLOCK = 32
+# Bytes, of each engine: five of them, and this process twice, share 24 GiB.
+KV_CACHE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def start(
         "max_model_len": 1024,
         "max_num_seqs": 32,
         "block_size": BLOCK,
+        "kv_cache_memory_bytes": KV_CACHE,
         **options,
     }
     variables = {
@@ -229,10 +232,11 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def default_environment(cache: Path) -> None:
     """What every engine of a test run has."""
+    # In GiB, and it would win over what an engine asks for.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
-        VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
         # Whichever of setuptools and distutils is imported first here, the other must not mind.
         SETUPTOOLS_USE_DISTUTILS="stdlib",

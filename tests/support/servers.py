@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from engines import KV_CACHE
+
 START_SECONDS = 240
 
 
@@ -86,7 +88,8 @@ def serve(
     words = [
         command("steering"), "serve", str(model), "--served-model-name", "smollm2", *flags,
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32",
-        "--max-model-len", "1024", "--max-num-seqs", "32", *arguments,
+        "--max-model-len", "1024", "--max-num-seqs", "32",
+        "--kv-cache-memory-bytes", str(KV_CACHE), *arguments,
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(

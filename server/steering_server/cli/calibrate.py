@@ -136,8 +136,6 @@ def calibrate(
     # vLLM's own lines would tear the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    # GiB, on a CPU: a prompt and one token need no more; vLLM would take nearly all memory.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from rich.progress import Progress
 
     from steering_planes.calibration import Options, format_confounds
@@ -225,8 +223,13 @@ def _judge(found: Calibrated, force: bool) -> None:
 
 
 def _command(argv: list[str]) -> str:
-    """The command line as it was typed, with ~ for the home folder."""
+    """The command line as it was typed, with ~ for the home folder, less ``--measured``: that
+    file's text is in the card, and nobody else has the file."""
     words = argv[1:] if argv[1:2] == ["calibrate"] else ["calibrate", *argv[1:]]
+    if "--measured" in words:
+        at = words.index("--measured")
+        words = [*words[:at], *words[at + 2 :]]
+    words = [word for word in words if not word.startswith("--measured=")]
     home = f"{Path.home()}{os.sep}"
     typed = [shlex.quote(word) for word in ["steering", *words]]
     return " ".join(f"~/{w.removeprefix(home)}" if w.startswith(home) else w for w in typed)
