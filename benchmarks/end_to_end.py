@@ -1,8 +1,8 @@
 """What steering costs a server: ours against plain vLLM, run in pairs.
 
 Each way of steering has a server of its own, all of them up at once and one of them busy at a time.
-A pair is one load on plain vLLM and the same load on another server, next to each other in time and
-in turns first; what counts is the ratio within a pair.
+A pair is one load on plain vLLM and the same load on another server, directly before or after it in
+turns; what counts is the ratio within a pair.
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ class Load:
 
 LOADS = (
     Load(1, 32, 48),
-    Load(8, 32, 24),
-    Load(32, 32, 16),
-    Load(64, 32, 12),
-    Load(8, 400, 8),
+    Load(8, 32, 64),
+    Load(32, 32, 40),
+    Load(64, 32, 24),
+    Load(8, 400, 16),
 )
+WAKE = Load(1, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -149,39 +150,55 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def pairs(
-    ports: dict[str, int], load: Load, way: Way, baseline: Way, count: int
-) -> Iterator[tuple[Run, Run]]:
-    """``count`` pairs of (baseline, way) under one load."""
-    for number in range(count):
-        seed = time.time_ns()
-        order = (baseline, way) if number % 2 == 0 else (way, baseline)
-        runs = {w.name: asyncio.run(run(ports[w.side], load, w.angles, seed)) for w in order}
-        yield runs[baseline.name], runs[way.name]
+PLAIN = Way("plain vLLM", "plain")
+ONE_ANGLE = next(way for way in WAYS if way.angles == "one")
+EACH_ANGLE = next(way for way in WAYS if way.angles == "each")
 
 
-def compare(
-    ports: dict[str, int], load: Load, way: Way, baseline: Way, count: int
+def orders(ways: Sequence[Way], number: int) -> Iterator[tuple[Way, ...]]:
+    """A round: every way directly beside a run of plain vLLM, every second round backwards."""
+    for i in range(0, len(ways), 2):
+        order = (ways[i], PLAIN, *ways[i + 1 : i + 2])
+        yield order if number % 2 == 0 else order[::-1]
+
+
+def measure(
+    ports: dict[str, int], load: Load, ways: Sequence[Way], rounds: int
+) -> dict[str, list[tuple[Run, Run]]]:
+    """For each way its pairs: plain vLLM's run, and its own."""
+    pairs: dict[str, list[tuple[Run, Run]]] = {way.name: [] for way in ways}
+    for number in range(rounds):
+        for order in orders(ways, number):
+            seed = time.time_ns()
+            runs = {way.name: _once(ports[way.side], load, way.angles, seed) for way in order}
+            plain = runs.pop(PLAIN.name)
+            for name, mine in runs.items():
+                pairs[name].append((plain, mine))
+    return pairs
+
+
+def _once(port: int, load: Load, angles: str, seed: int) -> Run:
+    # A server that has just idled answers its first request late, whoever's it is.
+    asyncio.run(run(port, WAKE, angles, seed))
+    return asyncio.run(run(port, load, angles, seed))
+
+
+def compared(
+    load: Load, way: Way, baseline: Way, pairs: Sequence[tuple[Run, Run]]
 ) -> dict[str, object]:
-    """The ratios of a way to its baseline, as the results file holds them."""
-    measured = list(pairs(ports, load, way, baseline, count))
+    """The ratios within pairs of (baseline, way), as the results file holds them."""
     row: dict[str, object] = {
         "way": way.name,
         "against": baseline.name,
         "load": str(load),
         "concurrency": load.concurrency,
-        "pairs": count,
-        "baseline_throughput": statistics.median(b.throughput for b, _ in measured),
+        "pairs": len(pairs),
+        "baseline_throughput": statistics.median(b.throughput for b, _ in pairs),
     }
     for figure in FIGURES:
-        ratios = [getattr(w, figure) / getattr(b, figure) for b, w in measured]
+        ratios = [getattr(w, figure) / getattr(b, figure) for b, w in pairs]
         row[figure] = dict(zip(("median", "low", "high"), interval(ratios), strict=True))
     return row
-
-
-PLAIN = Way("plain vLLM", "plain")
-ONE_ANGLE = next(way for way in WAYS if way.angles == "one")
-EACH_ANGLE = next(way for way in WAYS if way.angles == "each")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,16 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             side: Side = sides.SIDES[name]
             console.print(f"starting {name}")
             ports[name] = stack.enter_context(sides.serve(side, Path(folder)))
-        comparisons = [(load, way, PLAIN) for load in LOADS for way in ways]
-        if "selected" in options.sides:
-            comparisons += [(load, EACH_ANGLE, ONE_ANGLE) for load in LOADS]
-        for load, way, baseline in comparisons:
-            for warm in (baseline, way):
-                asyncio.run(run(ports[warm.side], load, warm.angles, 0))
-            row = compare(ports, load, way, baseline, options.pairs)
-            rows.append(row)
-            console.print(f"{load}: {way.name} / {baseline.name}: {row['throughput']}")
-            # After each: a run that is cut short has said what it found.
+        for load in LOADS:
+            for way in (PLAIN, *ways):
+                asyncio.run(run(ports[way.side], load, way.angles, 0))
+            pairs = measure(ports, load, ways, options.pairs)
+            new = [compared(load, way, PLAIN, pairs[way.name]) for way in ways]
+            if ONE_ANGLE in ways and EACH_ANGLE in ways:
+                both = zip(pairs[ONE_ANGLE.name], pairs[EACH_ANGLE.name], strict=True)
+                angles = [(one, each) for (_, one), (_, each) in both]
+                new.append(compared(load, EACH_ANGLE, ONE_ANGLE, angles))
+            for row in new:
+                console.print(f"{load}: {row['way']} / {row['against']}: {row['throughput']}")
+            rows += new
+            # After each load: a run that is cut short has said what it found.
             report.save(options.output, "end_to_end", rows)
     report.write()
     return 0

@@ -44,6 +44,7 @@ def test_replicas_answer_as_one_server_does(server: Server, replicated: Server) 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, angles))
     for angle, answer in zip(angles, answers, strict=True):
+        assert answer.status_code == 200, answer.text
         alone = server.chat(**({} if angle is None else {"steering_angle": angle}))
         assert answer.json()["choices"] == alone.json()["choices"]
         assert answer.headers.get("steering") == alone.headers.get("steering")
