@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_flags_settle_planes_digests_and_sites(smollm2: Path, plane: Path) -> No
     assert settings.sites == ("1.attn_in", "3.mlp_in")
     assert settings.max_planes == 2
     assert settings.digests["a"] == settings.digests["mood"]
+
+
+def test_an_api_server_without_the_plugin_yet_reads_the_same(smollm2: Path, plane: Path) -> None:
+    """vLLM's further API servers read the pickled arguments before a plugin is loaded."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--steering-plane", f"a={plane}", "--steering-kernels", "torch"]
+    args = parser.parse_args(["--model", str(smollm2), *flags])
+    here = AsyncEngineArgs.from_cli_args(args)
+    assert here.additional_config == {"steering": {"planes": {"a": str(plane)}, "kernels": "torch"}}
+    sent = pickle.loads(pickle.dumps(args))
+    unpatched = AsyncEngineArgs.from_cli_args.__func__.__wrapped__
+    assert unpatched(AsyncEngineArgs, sent).additional_config == here.additional_config
+    # Nor are there two places of steering to those that have it.
+    assert AsyncEngineArgs.from_cli_args(sent).additional_config == here.additional_config
 
 
 def test_sites_are_part_of_the_compile_caches_key(smollm2: Path, tmp_path: Path) -> None:

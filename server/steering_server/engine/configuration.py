@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+FLAGS = (
+    "steering_plane",
+    "steering_max_planes",
+    "steering_allow_model_mismatch",
+    "steering_kernels",
+)
+
 
 def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
     """vLLM's engine flags, and ours in a group of their own."""
@@ -51,6 +58,9 @@ def from_cli_args(
 ) -> EngineArgs:
     """vLLM's engine arguments, with our flags folded into ``additional_config``.
 
+    In ``args`` too: vLLM sends them to further API servers, which read them before a plugin is
+    loaded there.
+
     Raises:
         SettingsError: a flag that does not parse, or steering given in two places.
     """
@@ -72,6 +82,9 @@ def from_cli_args(
             f"{', '.join(section)}"
         )
     engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: section}
+    args.additional_config = engine_args.additional_config
+    for flag in FLAGS:
+        setattr(args, flag, None)
     return engine_args
 
 
