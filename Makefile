@@ -58,6 +58,7 @@ test-slow: $(STAMP) ## Run the tests that do not fit into CI.
 
 bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
 	$(BIN)/python benchmarks/host_rows.py
+	$(BIN)/python benchmarks/calibration_cost.py
 	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
 
 gpu-check: $(STAMP) ## On a GPU: the kernels' tests and their speed, with a verdict.

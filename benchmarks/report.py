@@ -59,6 +59,7 @@ def write() -> None:
     for name, title, table in (
         ("end_to_end", "Steering against plain vLLM", _end_to_end),
         ("rows", "Host time of a step's rows", _rows),
+        ("calibration", "Calibration", _calibration),
         ("kernels", "Kernels", _kernels),
     ):
         parts.append(f"## {title}\n")
@@ -106,6 +107,18 @@ def _rows(rows: Sequence[dict[str, Any]]) -> str:
         [
             [str(r["requests"]), str(r["planes"]), f"{r['step_us']:.0f}",
              f"{r['new_request_us']:.0f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def _calibration(rows: Sequence[dict[str, Any]]) -> str:
+    return _table(
+        ["prompts", "after loading, s", "peak memory, GiB", "the same of serving, GiB", "ratio"],
+        [
+            [str(r["prompts"]), f"{r['seconds']:.1f}", f"{r['calibrating_bytes'] / 2**30:.2f}",
+             f"{r['serving_bytes'] / 2**30:.2f}",
+             f"{r['calibrating_bytes'] / r['serving_bytes']:.3f}"]
             for r in rows
         ],
     )  # fmt: skip

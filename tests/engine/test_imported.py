@@ -32,8 +32,11 @@ def test_an_imported_plane_steers_as_transformers_does(
 ) -> None:
     plane = import_plane([REFERENCE / f"calibration_{name}"], name="refusal")
     plane.save(tmp_path / "refusal")
+    # vLLM's Qwen2 takes no head size that is not hidden_size / heads.
     shape: dict[str, Any] = {
         "hidden_size": plane.config.hidden_size,
+        "num_attention_heads": plane.config.hidden_size // 128,
+        "head_dim": 128,
         "num_hidden_layers": layers,
         "intermediate_size": 64,
     }
