@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import calibration_oracle
 import engines
 import tiny
-from calibration_oracle import Found
+from calibration_oracle import Array, Found, Key
 from oracle import LLAMA_NORMS
 from steering_planes.calibration import Calibration, Options
 from steering_planes.contrast import Contrast, ContrastError, read_contrast
@@ -21,12 +21,16 @@ from steering_server.calibration import Calibrated, calibrate, record
 
 REPOSITORY = Path(__file__).parents[1]
 CONTRAST = REPOSITORY / "steering_vectors/contrast_sets/sentiment.json"
-SHORT = {
+FP32 = {
+    "dtype": "float32",
     "max_model_len": 512,
     "max_num_seqs": 32,
     "kv_cache_memory_bytes": engines.KV_CACHE,
 }
-FP32 = {"dtype": "float32", **SHORT}
+BUNDLED = Options(planes="per_site", granularity="site")
+
+Sides = tuple[dict[Key, Array], dict[Key, Array]]
+"""Activations of the positive class and of the negative one."""
 
 
 def agree(found: Calibration, truth: Found, cosine: float) -> None:
@@ -39,6 +43,31 @@ def agree(found: Calibration, truth: Found, cosine: float) -> None:
         assert abs(candidate @ truth.candidates[key]) >= cosine, key
     for key, basis in bases.items():
         assert np.abs((basis * truth.bases[key]).sum(1)).min() >= cosine, key
+
+
+def in_order(measured: Calibrated, truth: Sides) -> None:
+    """Each prompt's activations are its own."""
+    for side, expected in zip((measured.positive, measured.negative), truth, strict=True):
+        for site, rows in side.items():
+            wanted = expected[(site.layer, site.role)]
+            assert np.allclose(rows.numpy(), wanted, atol=1e-4 * np.abs(wanted).max()), site
+
+
+def transformers_activations(model: Path, contrast: Contrast, dtype: torch.dtype) -> Sides:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    positive, negative = (
+        calibration_oracle.activations(loaded, tokenizer, side, LLAMA_NORMS)
+        for side in conversations(contrast)
+    )
+    return positive, negative
+
+
+def found_by_transformers(sides: Sides) -> Found:
+    """As the bundled plane was made."""
+    return calibration_oracle.calibrate(*sides, per_site=True, by_layer=False)
 
 
 def conversations(contrast: Contrast) -> list[list[Any]]:
@@ -58,72 +87,66 @@ def bundled() -> Contrast:
 
 
 @pytest.fixture(scope="module")
-def truth(smollm2: Path, bundled: Contrast) -> tuple[Any, Any]:
-    """Both classes' activations in transformers, fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def truth(smollm2: Path, bundled: Contrast) -> Sides:
+    return transformers_activations(smollm2, bundled, torch.float32)
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    positive, negative = (
-        calibration_oracle.activations(model, tokenizer, side, LLAMA_NORMS)
-        for side in conversations(bundled)
-    )
-    return positive, negative
+
+@pytest.fixture(scope="module")
+def rounded(smollm2: Path, bundled: Contrast) -> Sides:
+    return transformers_activations(smollm2, bundled, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def measured(smollm2: Path, bundled: Contrast) -> Calibrated:
     """The bundled set on the engine, as the bundled plane was made."""
-    options = Options(planes="per_site", granularity="site")
-    return calibrate(str(smollm2), bundled, name="mood", options=options, engine=FP32)
+    return calibrate(str(smollm2), bundled, name="mood", options=BUNDLED, engine=FP32)
+
+
+@pytest.fixture(scope="module")
+def measured_bf16(smollm2: Path, bundled: Contrast) -> Calibrated:
+    engine = {**FP32, "dtype": "bfloat16"}
+    return calibrate(str(smollm2), bundled, name="mood", options=BUNDLED, engine=engine)
 
 
 @pytest.mark.slow
-def test_fp32_equals_transformers(measured: Calibrated, truth: tuple[Any, Any]) -> None:
-    agree(
-        measured.calibration,
-        calibration_oracle.calibrate(*truth, per_site=True, by_layer=False),
-        0.9999,
-    )
+def test_fp32_equals_transformers(measured: Calibrated, truth: Sides) -> None:
+    agree(measured.calibration, found_by_transformers(truth), 0.9999)
+    in_order(measured, truth)
 
 
 @pytest.mark.slow
-def test_activations_come_in_the_order_of_the_prompts(
-    measured: Calibrated, truth: tuple[Any, Any]
-) -> None:
-    for side, expected in zip((measured.positive, measured.negative), truth, strict=True):
-        for site, rows in side.items():
-            wanted = expected[(site.layer, site.role)]
-            assert np.allclose(rows.numpy(), wanted, atol=1e-3 * np.abs(wanted).max())
-
-
-@pytest.mark.slow
-def test_bf16_equals_transformers(smollm2: Path, bundled: Contrast) -> None:
-    """Of the same rounded model: what bf16 does to its activations is in both."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    sides = [
-        calibration_oracle.activations(model, tokenizer, side, LLAMA_NORMS)
-        for side in conversations(bundled)
-    ]
-    found = calibrate(
-        str(smollm2), bundled, name="mood", engine={"dtype": "bfloat16", **SHORT}
-    ).calibration
-    agree(found, calibration_oracle.calibrate(*sides, per_site=False, by_layer=True), 0.999)
-
-
-@pytest.mark.slow
-def test_the_v2_runner_records_the_same(
-    smollm2: Path, bundled: Contrast, truth: tuple[Any, Any]
+def test_fp32_equals_transformers_on_the_v2_runner(
+    smollm2: Path, bundled: Contrast, truth: Sides
 ) -> None:
     with engines.environment(engines.v2_environment()), engines.triton_here(True):
-        recorded = record(str(smollm2), bundled, engine=FP32)
-    for side, expected in zip((recorded.positive, recorded.negative), truth, strict=True):
-        for site, rows in side.items():
-            wanted = expected[(site.layer, site.role)]
-            assert np.allclose(rows.numpy(), wanted, atol=1e-3 * np.abs(wanted).max())
+        measured = calibrate(str(smollm2), bundled, name="mood", options=BUNDLED, engine=FP32)
+    agree(measured.calibration, found_by_transformers(truth), 0.9999)
+    in_order(measured, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True,
+    reason="bf16 moves an early candidate, a small difference of large activations, by up to "
+    "|cos| 0.93, in transformers as here",
+)
+def test_bf16_equals_transformers(measured_bf16: Calibrated, rounded: Sides) -> None:
+    agree(measured_bf16.calibration, found_by_transformers(rounded), 0.999)
+
+
+@pytest.mark.slow
+def test_bf16_is_as_near_to_fp32_as_transformers_is(
+    measured_bf16: Calibrated, rounded: Sides, truth: Sides
+) -> None:
+    exact = found_by_transformers(truth).candidates
+    theirs = found_by_transformers(rounded).candidates
+    ours = {(s.layer, s.role): c.numpy() for s, c in measured_bf16.calibration.candidates.items()}
+
+    def away(candidates: Mapping[Any, Any]) -> float:
+        cosines = [abs(candidates[key] @ exact[key]) for key in exact]
+        return float(np.mean(np.arccos(np.minimum(cosines, 1))))
+
+    assert away(ours) <= 1.05 * away(theirs)
 
 
 @pytest.mark.parametrize(
@@ -145,13 +168,12 @@ def test_tiny_models_equal_transformers(
     ]
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers > 1 else {}
     parallel = {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
-    options = Options(planes="per_site", granularity="site")
     with engines.environment(variables):
         found = calibrate(
             str(tmp_path / "model"),
             few,
             name="mood",
-            options=options,
+            options=BUNDLED,
             engine={**FP32, **(parallel if workers > 1 else {})},
         ).calibration
     agree(found, calibration_oracle.calibrate(*sides, per_site=True, by_layer=False), 0.9999)

@@ -209,26 +209,26 @@ def _ids(llm: Any, tokenizer: Any, example: Example) -> list[int]:
 def _run(
     llm: Any, prompts: Sequence[list[int]], hidden: int, advance: Callable[[int], None]
 ) -> dict[Site, Tensor]:
-    """[n, hidden] a site, in the order in which the scheduler ends the prompts: first come, first
-    served."""
+    """[n, hidden] a site, in the order of the prompts."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     parts: dict[Site, list[Tensor]] = {}
     size = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        llm.generate([{"prompt_token_ids": ids} for ids in batch], params, use_tqdm=False)
-        for worker in llm.collective_rpc("steering_take"):
-            for site, content in worker.items():
-                rows = torch.frombuffer(bytearray(content), dtype=torch.float32)
-                parts.setdefault(Site.parse(site), []).append(rows.view(-1, hidden))
+        batch = [{"prompt_token_ids": ids} for ids in prompts[start : start + size]]
+        outputs = llm.generate(batch, params, use_tqdm=False)
+        for requests, sites in llm.collective_rpc("steering_take"):
+            # The engine's ids are the caller's, a hyphen and a random part.
+            place = {request.partition("-")[0]: row for row, request in enumerate(requests)}
+            for site, content in sites.items():
+                rows = torch.frombuffer(bytearray(content), dtype=torch.float32).view(-1, hidden)
+                if missing := [o.request_id for o in outputs if o.request_id not in place]:
+                    raise CalibrationError(f"no activation of request(s) {missing} at {site}")
+                order = [place[output.request_id] for output in outputs]
+                parts.setdefault(Site.parse(site), []).append(rows[order])
         advance(len(batch))
-    found = {site: torch.cat(parts[site]) for site in sorted(parts)}
-    for site, rows in found.items():
-        if len(rows) != len(prompts):
-            raise CalibrationError(f"{len(rows)} activations of {len(prompts)} prompts at {site}")
-    return found
+    return {site: torch.cat(parts[site]) for site in sorted(parts)}
 
 
 def _sha256(file: Path) -> str:

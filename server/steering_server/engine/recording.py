@@ -6,6 +6,7 @@ pipeline parallel); what leaves the worker is one row a prompt and site, never a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,10 +32,12 @@ class Recording:
 
     def __init__(self) -> None:
         self._last: Tensor = torch.zeros(0, dtype=torch.int64)
+        self._ended: list[str] = []
         self._kept: dict[Site, list[Tensor]] = {}
 
     def step(
         self,
+        requests: Sequence[str],
         scheduled: NDArray[np.int32],
         computed: NDArray[np.int32],
         prompts: NDArray[np.int32],
@@ -42,6 +45,7 @@ class Recording:
         """What the next forward pass runs: [n] each, in the order of the batch.
 
         Args:
+            requests: ids.
             scheduled: tokens of each request in this step.
             computed: tokens of each before this step.
             prompts: length of each prompt.
@@ -51,6 +55,7 @@ class Recording:
         ends_here = (computed < prompts) & (computed + scheduled >= prompts)
         rows = (starts + prompts - 1 - computed)[ends_here]
         self._last = torch.from_numpy(rows.astype(np.int64))
+        self._ended += [requests[index] for index in np.flatnonzero(ends_here)]
 
     def watch(self, site: Site, norm: nn.Module) -> None:
         """Keep ``norm``'s output at the rows of each step."""
@@ -64,10 +69,14 @@ class Recording:
 
         norm.register_forward_hook(hook)
 
-    def take(self) -> dict[Site, Tensor]:
-        """[n, d] float32 a site, in the order in which prompts ended; and forget them."""
-        taken = {site: torch.cat(rows) for site, rows in self._kept.items()}
-        self._kept = {}
+    def take(self) -> tuple[list[str], dict[Site, Tensor]]:
+        """The ids of the n requests whose prompts ended, and [n, d] float32 a site, of each in that
+        order; and forget them.
+
+        The order is the runner's own: V2 sorts a batch by its requests' numbers of tokens.
+        """
+        taken = self._ended, {site: torch.cat(rows) for site, rows in self._kept.items()}
+        self._ended, self._kept = [], {}
         return taken
 
 
@@ -83,6 +92,7 @@ def recording_runner_v1(runner_class: Any) -> type:
             batch = self.input_batch
             n = len(batch.req_ids)
             self.recording.step(
+                batch.req_ids,
                 num_scheduled_tokens,
                 batch.num_computed_tokens_cpu[:n],
                 batch.num_prompt_tokens[:n],
@@ -101,6 +111,7 @@ def recording_model_state(state_class: Any) -> type:
         def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> Any:
             if input_batch.req_ids[0] in req_states.req_id_to_index:
                 self.recording.step(
+                    input_batch.req_ids,
                     input_batch.num_scheduled_tokens,
                     input_batch.num_computed_tokens_np,
                     req_states.prompt_len.np[input_batch.idx_mapping_np],
@@ -143,12 +154,13 @@ class RecordingWorker:
             "sites": [str(site) for site in norms],
         }
 
-    def steering_take(self) -> dict[str, bytes]:
-        """What was recorded: site -> [n, hidden] float32, as bytes; empty beside rank 0."""
+    def steering_take(self) -> tuple[list[str], dict[str, bytes]]:
+        """What was recorded: the requests' ids, and site -> [n, hidden] float32, as bytes; empty
+        beside rank 0."""
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-        taken = self.steering_recording.take()
+        requests, taken = self.steering_recording.take()
         # Under tensor parallelism every rank has the whole of a norm's output.
         if get_tensor_model_parallel_rank() != 0:
-            return {}
-        return {str(site): rows.numpy().tobytes() for site, rows in taken.items()}
+            return [], {}
+        return requests, {str(site): rows.numpy().tobytes() for site, rows in taken.items()}
