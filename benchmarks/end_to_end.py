@@ -1,15 +1,15 @@
 """What steering costs a server: ours against plain vLLM, run in pairs.
 
-Each way of steering has a server of its own, all of them up at once and one of them busy at a time.
-A pair is one load on plain vLLM and the same load on another server, directly before or after it in
-turns; what counts is the ratio within a pair.
+Two servers are up at a time, plain vLLM and one way of steering, and take the same load in turns, so
+that neither idles for long. Each run is compared with the runs of plain vLLM directly before and
+after it. Plain vLLM is compared with a second plain vLLM, too: what that ratio strays from 1 by is the
+machine's noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import random
 import statistics
 import sys
@@ -25,7 +25,7 @@ from rich.console import Console
 
 import report
 import sides
-from sides import Side
+from sides import SIDES
 
 FIGURES = ("throughput", "ttft", "itl")
 
@@ -40,11 +40,13 @@ class Way:
     """``none``, ``one`` for all requests, or ``each`` its own."""
 
 
+PLAIN = Way("plain vLLM", "plain")
 WAYS = (
+    Way("plain vLLM, a second server", "plain"),
     Way("plugin idle, no plane", "idle"),
-    Way("planes loaded, unsteered", "selected"),
     Way("selected sites, one angle", "selected", "one"),
     Way("selected sites, an angle each", "selected", "each"),
+    Way("planes loaded, unsteered", "selected"),
     Way("all sites, an angle each", "all", "each"),
     Way("published way: eager hooks, one matrix", "published"),
 )
@@ -69,7 +71,6 @@ LOADS = (
     Load(64, 32, 24),
     Load(8, 400, 16),
 )
-WAKE = Load(1, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -150,37 +151,46 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-PLAIN = Way("plain vLLM", "plain")
 ONE_ANGLE = next(way for way in WAYS if way.angles == "one")
 EACH_ANGLE = next(way for way in WAYS if way.angles == "each")
 
 
-def orders(ways: Sequence[Way], number: int) -> Iterator[tuple[Way, ...]]:
-    """A round: every way directly beside a run of plain vLLM, every second round backwards."""
-    for i in range(0, len(ways), 2):
-        order = (ways[i], PLAIN, *ways[i + 1 : i + 2])
-        yield order if number % 2 == 0 else order[::-1]
+def chain(ways: Sequence[Way], rounds: int) -> Iterator[Way]:
+    """Ways at most two at a time between runs of plain vLLM, every second round backwards."""
+    yield PLAIN
+    for number in range(rounds):
+        for start in range(0, len(ways), 2):
+            group = ways[start : start + 2]
+            yield from group if number % 2 == 0 else group[::-1]
+            yield PLAIN
+
+
+def beside(runs: Sequence[tuple[Way, Run]], way: Way, baseline: Way) -> list[tuple[Run, Run]]:
+    """Each run of a way, after the mean of the baseline's runs directly before and after it."""
+    pairs = []
+    for index, (which, run) in enumerate(runs):
+        neighbours = [other for name, other in runs[max(0, index - 1) : index + 2]
+                      if name == baseline]  # fmt: skip
+        if which == way and neighbours:
+            means = (statistics.mean(getattr(n, figure) for n in neighbours) for figure in FIGURES)
+            pairs.append((Run(*means), run))
+    return pairs
 
 
 def measure(
     ports: dict[str, int], load: Load, ways: Sequence[Way], rounds: int
-) -> dict[str, list[tuple[Run, Run]]]:
-    """For each way its pairs: plain vLLM's run, and its own."""
-    pairs: dict[str, list[tuple[Run, Run]]] = {way.name: [] for way in ways}
-    for number in range(rounds):
-        for order in orders(ways, number):
-            seed = time.time_ns()
-            runs = {way.name: _once(ports[way.side], load, way.angles, seed) for way in order}
-            plain = runs.pop(PLAIN.name)
-            for name, mine in runs.items():
-                pairs[name].append((plain, mine))
-    return pairs
-
-
-def _once(port: int, load: Load, angles: str, seed: int) -> Run:
-    # A server that has just idled answers its first request late, whoever's it is.
-    asyncio.run(run(port, WAKE, angles, seed))
-    return asyncio.run(run(port, load, angles, seed))
+) -> list[dict[str, object]]:
+    """The rows of one load: each way against plain vLLM, and many angles against one."""
+    for way in (PLAIN, *ways):
+        asyncio.run(run(ports[way.name], load, way.angles, 0))
+    runs = []
+    for number, way in enumerate(chain(ways, rounds)):
+        seed = time.time_ns() + number
+        runs.append((way, asyncio.run(run(ports[way.name], load, way.angles, seed))))
+    rows = [compared(load, way, PLAIN, beside(runs, way, PLAIN)) for way in ways]
+    if ONE_ANGLE in ways:
+        rows.append(compared(load, EACH_ANGLE, ONE_ANGLE, beside(runs, EACH_ANGLE, ONE_ANGLE)))
+    return rows
 
 
 def compared(
@@ -205,31 +215,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--output", type=Path, default=report.FOLDER / "end_to_end.json")
-    parser.add_argument("--sides", nargs="*", default=[s for s in sides.SIDES if s != "plain"])
+    parser.add_argument("--sides", nargs="*", default=list(sides.SIDES))
     options = parser.parse_args(arguments)
     console = Console(file=sys.stderr)
-    ways = [way for way in WAYS if way.side in options.sides]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        ports = {}
-        for name in ("plain", *options.sides):
-            side: Side = sides.SIDES[name]
-            console.print(f"starting {name}")
-            ports[name] = stack.enter_context(sides.serve(side, Path(folder)))
-        for load in LOADS:
-            for way in (PLAIN, *ways):
-                asyncio.run(run(ports[way.side], load, way.angles, 0))
-            pairs = measure(ports, load, ways, options.pairs)
-            new = [compared(load, way, PLAIN, pairs[way.name]) for way in ways]
-            if ONE_ANGLE in ways and EACH_ANGLE in ways:
-                both = zip(pairs[ONE_ANGLE.name], pairs[EACH_ANGLE.name], strict=True)
-                angles = [(one, each) for (_, one), (_, each) in both]
-                new.append(compared(load, EACH_ANGLE, ONE_ANGLE, angles))
-            for row in new:
-                console.print(f"{load}: {row['way']} / {row['against']}: {row['throughput']}")
-            rows += new
-            # After each load: a run that is cut short has said what it found.
-            report.save(options.output, "end_to_end", rows)
+    rows: list[dict[str, object]] = []
+    loads = [str(load) for load in LOADS]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sides.serve(SIDES["plain"], Path(folder)) as plain,
+    ):
+        for side in options.sides:
+            ways = [way for way in WAYS if way.side == side]
+            console.print(f"starting {side}")
+            with sides.serve(SIDES[side], Path(folder)) as port:
+                ports = {PLAIN.name: plain, **{way.name: port for way in ways}}
+                for load in LOADS:
+                    new = measure(ports, load, ways, options.pairs)
+                    for row in new:
+                        console.print(
+                            row["load"], row["way"], "/", row["against"], row["throughput"]
+                        )
+                    # After each load: a run that is cut short has said what it found.
+                    rows = sorted([*rows, *new], key=lambda row: loads.index(str(row["load"])))
+                    report.save(options.output, "end_to_end", rows)
     report.write()
     return 0
 

@@ -54,7 +54,8 @@ def write() -> None:
         "# Results\n",
         "Written by `make bench` and `make gpu-check` from the files in `results/`. Ratios are "
         "medians over pairs of runs next to each other in time, with the 95 % interval of the "
-        "median by bootstrap; below 1 is slower for throughput, above 1 is slower for times.\n",
+        "median by bootstrap; below 1 is slower for throughput, above 1 is slower for times. What "
+        "a second plain vLLM's strays from 1 by is the machine's noise.\n",
     ]
     for name, title, table in (
         ("end_to_end", "Steering against plain vLLM", _end_to_end),

@@ -52,6 +52,25 @@ def test_an_interval_holds_the_median(benchmarks: Any) -> None:
     assert low <= median == 1.0 <= high
 
 
+def test_a_run_is_compared_with_the_plain_ones_around_it(benchmarks: Any) -> None:
+    end_to_end = benchmarks.end_to_end
+    ways = [w for w in end_to_end.WAYS if w.side == "selected"]
+    order = list(end_to_end.chain(ways, 2))
+    steered = [way.angles for way in order if way.side == "selected"]
+    assert steered == ["one", "each", "none", "each", "one", "none"]
+    runs = [(way, end_to_end.Run(10.0 + i, 1.0, 1.0)) for i, way in enumerate(order)]
+
+    def throughputs(way: Any, baseline: Any) -> list[tuple[float, float]]:
+        pairs = end_to_end.beside(runs, way, baseline)
+        return [(before.throughput, run.throughput) for before, run in pairs]
+
+    one, each, none = ways
+    assert throughputs(one, end_to_end.PLAIN) == [(10, 11), (18, 17)]
+    assert throughputs(each, end_to_end.PLAIN) == [(13, 12), (15, 16)]
+    assert throughputs(none, end_to_end.PLAIN) == [(14, 14), (19, 19)]
+    assert throughputs(each, one) == [(11, 12), (17, 16)]
+
+
 def test_the_verdict_is_of_the_worst_shape(benchmarks: Any) -> None:
     def row(tokens: int, ratio: float, share: float) -> dict[str, float]:
         return {"tokens": tokens, "fused_over_norm": ratio, "fused_of_copy_bandwidth": share}
