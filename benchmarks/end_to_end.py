@@ -1,15 +1,15 @@
 """What steering costs a server: ours against plain vLLM, run in pairs.
 
-Two servers are up at a time, plain vLLM and one way of steering, and take the same load in turns, so
-that neither idles for long. Each run is compared with the runs of plain vLLM directly before and
-after it. Plain vLLM is compared with a second plain vLLM, too: what that ratio strays from 1 by is the
-machine's noise.
+Two servers are up at a time, plain vLLM and one way of steering, and take the same load in turns.
+Each run is compared with the runs of plain vLLM directly before and after it. A second plain vLLM
+is one of the ways: what its ratio strays from 1 by is the machine's noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import statistics
 import sys
@@ -68,9 +68,11 @@ LOADS = (
     Load(1, 32, 48),
     Load(8, 32, 64),
     Load(32, 32, 40),
-    Load(64, 32, 24),
-    Load(8, 400, 16),
+    Load(64, 32, 20),
+    Load(4, 400, 16),
 )
+# A vLLM worker polls for a second after its last step: on few cores, whoever runs next is slowed.
+PAUSE_SECONDS = 1.2
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def measure(
     runs = []
     for number, way in enumerate(chain(ways, rounds)):
         seed = time.time_ns() + number
+        time.sleep(PAUSE_SECONDS)
         runs.append((way, asyncio.run(run(ports[way.name], load, way.angles, seed))))
     rows = [compared(load, way, PLAIN, beside(runs, way, PLAIN)) for way in ways]
     if ONE_ANGLE in ways:
@@ -220,21 +223,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(file=sys.stderr)
     rows: list[dict[str, object]] = []
     loads = [str(load) for load in LOADS]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        sides.serve(SIDES["plain"], Path(folder)) as plain,
-    ):
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plain = stack.enter_context(sides.serve(SIDES["plain"], folder))
         for side in options.sides:
             ways = [way for way in WAYS if way.side == side]
             console.print(f"starting {side}")
-            with sides.serve(SIDES[side], Path(folder)) as port:
+            with sides.serve(SIDES[side], folder) as port:
                 ports = {PLAIN.name: plain, **{way.name: port for way in ways}}
                 for load in LOADS:
                     new = measure(ports, load, ways, options.pairs)
                     for row in new:
-                        console.print(
-                            row["load"], row["way"], "/", row["against"], row["throughput"]
-                        )
+                        console.print(load, row["way"], "/", row["against"], row["throughput"])
                     # After each load: a run that is cut short has said what it found.
                     rows = sorted([*rows, *new], key=lambda row: loads.index(str(row["load"])))
                     report.save(options.output, "end_to_end", rows)
