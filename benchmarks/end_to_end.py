@@ -2,7 +2,7 @@
 
 Two servers are up at a time, plain vLLM and one way of steering, and take the same load in turns.
 Each run is compared with the runs of plain vLLM directly before and after it. A second plain vLLM
-is one of the ways: what its ratio strays from 1 by is the machine's noise.
+is one of the ways: what its ratio strays from 1 by is how two equal servers differ.
 """
 
 from __future__ import annotations

@@ -54,8 +54,11 @@ def write() -> None:
         "# Results\n",
         "Written by `make bench` and `make gpu-check` from the files in `results/`. Ratios are "
         "medians over pairs of runs next to each other in time, with the 95 % interval of the "
-        "median by bootstrap; below 1 is slower for throughput, above 1 is slower for times. What "
-        "a second plain vLLM's strays from 1 by is the machine's noise.\n",
+        "median by bootstrap; below 1 is slower for throughput, above 1 is slower for times. The "
+        "intervals are of runs, not of servers: each way is one process, all compared with the "
+        "same plain one, and two processes of the same kind differ by some percent (the second "
+        "plain vLLM's rows are one such pair). Differences of that size, either way, say nothing."
+        "\n",
     ]
     for name, title, table in (
         ("end_to_end", "Steering against plain vLLM", _end_to_end),

@@ -128,7 +128,7 @@ def test_fp32_equals_transformers_on_the_v2_runner(
 @pytest.mark.xfail(
     strict=True,
     reason="bf16 moves an early candidate, a small difference of large activations, by up to "
-    "|cos| 0.93, in transformers as here",
+    "|cos| 0.93, and decides the weakest sites otherwise (19 here, 22 others there)",
 )
 def test_bf16_equals_transformers(measured_bf16: Calibrated, rounded: Sides) -> None:
     agree(measured_bf16.calibration, found_by_transformers(rounded), 0.999)
@@ -163,20 +163,21 @@ def test_tiny_models_equal_transformers(
     tokenizer.save_pretrained(tmp_path / "model")
     few = Contrast(bundled.positive[:16], bundled.negative[:16], bundled.files)
     norms = tiny.ARCHITECTURES[name].norms
-    sides = [
+    positive, negative = (
         calibration_oracle.activations(model, tokenizer, side, norms) for side in conversations(few)
-    ]
+    )
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers > 1 else {}
     parallel = {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
     with engines.environment(variables):
-        found = calibrate(
+        measured = calibrate(
             str(tmp_path / "model"),
             few,
             name="mood",
             options=BUNDLED,
             engine={**FP32, **(parallel if workers > 1 else {})},
-        ).calibration
-    agree(found, calibration_oracle.calibrate(*sides, per_site=True, by_layer=False), 0.9999)
+        )
+    agree(measured.calibration, found_by_transformers((positive, negative)), 0.9999)
+    in_order(measured, (positive, negative))
 
 
 def test_a_prompt_longer_than_the_context_is_named(smollm2: Path, bundled: Contrast) -> None:
