@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+CLIENTS := .venv-clients
 BACKEND := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 HOST ?= 127.0.0.1
@@ -53,8 +54,15 @@ load: $(STAMP) ## Load-test the running server, unsteered and steered.
 test: $(STAMP) ## Run the tests that CI runs.
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadgroup -m 'not slow and not gpu' $(ARGS)
 
-test-slow: $(STAMP) ## Run the tests that do not fit into CI.
+test-slow: $(STAMP) $(CLIENTS)/.set-up ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)
+
+# Programs that people put in front of a server; their pins are not vLLM's.
+$(CLIENTS)/.set-up:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(CLIENTS)/bin/pip install --quiet 'litellm[proxy]>=1.100' 'lm-eval[api]>=0.4.9' transformers
+	touch $@
 
 bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
 	$(BIN)/python benchmarks/host_rows.py
@@ -78,4 +86,4 @@ format: $(STAMP) ## Reformat, and fix what can be fixed.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv and caches; the model's cache stays.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

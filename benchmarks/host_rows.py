@@ -17,7 +17,7 @@ import sides
 from steering_planes import Plane
 from steering_server.engine.bank import Bank
 from steering_server.engine.rows import Rows
-from steering_server.rotation import Rotation
+from steering_server.request.rotation import Rotation
 
 BATCHES = (1, 8, 32, 64, 128, 256, 512, 1024)
 STEPS = 300

@@ -33,7 +33,11 @@ SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
 
 
 # What is shared by tests of several files: they run in one process, whichever of two it is.
-SHARED = {"v1": "v1", "plain": "v1", "v1_compiled": "v1", "v2": "v2", "server": "server"}
+SHARED = {
+    **dict.fromkeys(("v1", "plain", "v1_compiled"), "v1"),
+    "v2": "v2",
+    **dict.fromkeys(("server", "bare_server", "strict_server"), "server"),
+}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -133,7 +137,44 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         log,
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
+        "--enable-scale-out",
+        "--steering-preset",
+        "gloomy=sentiment@180",
         # Else a small model fills its answer with the blanks that JSON allows.
         "--structured-outputs-config",
         '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    )
+
+
+@pytest.fixture(scope="session")
+def bare_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A platform's own `vllm serve`, which knows of steering only the flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_PLUGINS", raising=False)
+        yield from servers.serve(
+            smollm2,
+            {"sentiment": SENTIMENT},
+            tmp_path_factory.mktemp("bare-server") / "server.log",
+            "--enable-scale-out",
+            "--steering-preset",
+            "gloomy=sentiment@180",
+            road=servers.VLLM_SERVE,
+        )
+
+
+@pytest.fixture(scope="session")
+def strict_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`vllm serve` with the plugin named, a default, and no answer without steering."""
+    yield from servers.serve(
+        smollm2,
+        {"sentiment": SENTIMENT},
+        tmp_path_factory.mktemp("strict-server") / "server.log",
+        "--enable-scale-out",
+        "--steering-default",
+        "sentiment@180",
+        "--steering-required",
+        "--steering-preset",
+        "gloomy=sentiment@180",
+        road=servers.VLLM_SERVE,
+        environment={"VLLM_PLUGINS": "steering"},
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def add_rms_norm_rotate(
         ValueError: shapes or dtypes that do not fit together.
     """
     check(x, bank, rows)
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and (residual.shape[1:] != x.shape[1:] or not _as_many(residual, x)):
         raise ValueError(f"residual must be {list(x.shape)}, got {list(residual.shape)}")
     if weight.shape != x.shape[1:]:
         raise ValueError(f"weight must be [{x.shape[1]}], got {list(weight.shape)}")
@@ -121,12 +122,18 @@ def check(h: Tensor, bank: Tensor, rows: Tensor) -> None:
         raise ValueError(f"h must be [T, d], got {list(h.shape)}")
     if bank.dim() != 3 or bank.shape[1] != 2 or bank.shape[2] != h.shape[1]:
         raise ValueError(f"bank must be [slots, 2, {h.shape[1]}], got {list(bank.shape)}")
-    if rows.dim() != 3 or rows.shape[0] != h.shape[0] or rows.shape[2] != ROW_WIDTH:
+    if rows.dim() != 3 or not _as_many(rows, h) or rows.shape[2] != ROW_WIDTH:
         raise ValueError(
             f"rows must be [{h.shape[0]}, planes, {ROW_WIDTH}], got {list(rows.shape)}"
         )
     if bank.dtype != torch.float32 or rows.dtype != torch.float32:
         raise ValueError(f"bank and rows must be float32, got {bank.dtype} and {rows.dtype}")
+
+
+def _as_many(one: Tensor, other: Tensor) -> bool:
+    """Whether they have as many tokens. Not asked while a graph is traced: it would be a guard on
+    a number that vLLM may have declared unknown (dynamic shapes "unbacked")."""
+    return torch.compiler.is_compiling() or one.shape[0] == other.shape[0]
 
 
 def _side_by_side(h: Tensor) -> Tensor:
@@ -136,22 +143,40 @@ def _side_by_side(h: Tensor) -> Tensor:
 
 # Triton's kernels, opaque to the compiler but for their shapes. They are imported when first run:
 # without Triton the rest of the package works.
+#
+# Registered as vLLM registers its own, on a library: torch.library.custom_op puts autograd and a
+# check for aliases around every call (17 us against 4 us on the host, once a site and step).
+
+_LIBRARY = torch.library.Library("steering", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-@torch.library.custom_op("steering::rotate_", mutates_args=("h",))
-def _rotate_op(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+def _register(name: str, op: Callable[..., Any], fake: Callable[..., Any], *mutated: str) -> Any:
+    """``op`` as ``torch.ops.steering.NAME``, on every device.
+
+    Args:
+        name: the op's name in the library.
+        op: what runs; its annotations give the schema.
+        fake: what the compiler runs instead: shapes and dtypes alone.
+        mutated: the arguments that ``op`` writes to.
+    """
+    schema = torch.library.infer_schema(op, mutates_args=mutated)
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"steering::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.steering, name).default
+
+
+def _rotate(h: Tensor, bank: Tensor, rows: Tensor) -> None:
     from steering_kernels.rotate_kernel import rotate_
 
     rotate_(h, bank, rows)
 
 
-@_rotate_op.register_fake
-def _(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+def _rotate_fake(h: Tensor, bank: Tensor, rows: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("steering::rms_norm_rotate", mutates_args=())
-def _norm_op(
+def _norm(
     x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
 ) -> Tensor:
     from steering_kernels import norm_kernel
@@ -159,15 +184,13 @@ def _norm_op(
     return norm_kernel.add_rms_norm_rotate(x, None, weight, eps, bank, rows, unit_offset)[0]
 
 
-@_norm_op.register_fake
-def _(
+def _norm_fake(
     x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("steering::add_rms_norm_rotate", mutates_args=())
-def _add_norm_op(
+def _add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -183,8 +206,7 @@ def _add_norm_op(
     return out, total
 
 
-@_add_norm_op.register_fake
-def _(
+def _add_norm_fake(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -194,3 +216,8 @@ def _(
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_rotate_op = _register("rotate_", _rotate, _rotate_fake, "h")
+_norm_op = _register("rms_norm_rotate", _norm, _norm_fake)
+_add_norm_op = _register("add_rms_norm_rotate", _add_norm, _add_norm_fake)

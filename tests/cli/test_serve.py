@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from planes import random_plane
 from servers import command
 from steering_planes import PlaneError
-from steering_server.cli.serve import enable_plugin
+from steering_server.engine.plugin import enable_everywhere
 from steering_server.engine.settings import Settings, SettingsError
 
 TENSORS = "steering_plane.safetensors"
@@ -199,7 +199,7 @@ def test_the_plugin_joins_those_named(
     monkeypatch: pytest.MonkeyPatch, before: str, expected: set[str]
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", before)
-    enable_plugin()
+    enable_everywhere()
     assert set(os.environ["VLLM_PLUGINS"].split(",")) == expected
 
 
@@ -208,6 +208,6 @@ def test_plugins_that_were_on_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("VLLM_PLUGINS", "")  # So that it is restored, whatever it was.
     monkeypatch.delenv("VLLM_PLUGINS")
-    enable_plugin()
+    enable_everywhere()
     general = {entry.name for entry in entry_points(group="vllm.general_plugins")}
     assert general <= set(os.environ["VLLM_PLUGINS"].split(","))

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from planes import random_plane
 from steering_planes import Plane
 from steering_server.engine.admission import Admission, SteeringError
-from steering_server.rotation import Rotation, admitted
+from steering_server.request.rotation import Rotation, admitted
 
 
 @pytest.fixture(scope="module")

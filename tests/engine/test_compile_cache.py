@@ -1,17 +1,26 @@
-"""A graph traced for some sites is never found again for others."""
+"""A graph traced for some sites, or by some code, is never found again for others."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import engines
+import steering_kernels
 import traffic
 from oracle import Turn
 from tiny import Tiny
 from traffic import Ask
 
 PROMPT = [5 + 3 * i for i in range(20)]
+SUPPORT = Path(engines.__file__).parent
 
 
 def asked(tiny: Tiny, plane: str, folder: Path) -> tuple[list[Ask], list[traffic.Reply], int]:
@@ -39,3 +48,78 @@ def test_other_sites_are_another_graph(tiny_llama: Tiny, tmp_path: Path) -> None
         steered, unsteered = (reply.choices[0].logprobs for reply in replies)
         assert max(abs(a - b) for a, b in zip(steered, unsteered, strict=True)) > 0.01
     assert counts == [1, 2], "the second engine left no graph of its own"
+
+
+def test_other_code_is_another_key(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    def key() -> str:
+        steering = {"planes": {"one": str(tiny_llama.planes["one"])}}
+        args = EngineArgs(
+            model=str(tiny_llama.model),
+            skip_tokenizer_init=True,
+            additional_config={"steering": {**steering, "allow_model_mismatch": True}},
+        )
+        return str(args.create_engine_config().compute_hash())
+
+    before = key()
+    assert key() == before
+    monkeypatch.setattr("steering_server.engine.settings.graph_code", lambda: "another")
+    assert key() != before
+
+
+# Run by an interpreter of its own: what it imports is the copy that a test has edited.
+ASK = """
+import json, sys
+from pathlib import Path
+import engines, gpu_pipeline, steering_kernels, traffic
+from oracle import Turn
+from traffic import Ask
+
+gpu_pipeline.use()
+model, plane, prompt = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+turns = [Turn(plane, 150, "rotate_to")]
+asks = [Ask(prompt, turns, traffic.fields(turns, {"two": plane}), tokens=8)]
+options = dict(enforce_eager=False, skip_tokenizer_init=True, max_model_len=128)
+for engine in engines.start(model, {"two": plane}, in_process=True, **options):
+    (choice,) = traffic.send(engine, asks)[0].choices
+print("ANSWER", json.dumps([steering_kernels.__file__, choice.tokens, choice.logprobs]))
+"""
+
+
+@pytest.mark.slow
+def test_an_upgrade_finds_no_graph_of_the_version_before(tiny_llama: Tiny, tmp_path: Path) -> None:
+    """The modes change their numbers, in a file with nothing that Dynamo traces: a graph of before
+    would take one for the other, and vLLM would not see that it is stale."""
+    package, cache = tmp_path / "kernels/steering_kernels", tmp_path / "cache"
+    shutil.copytree(Path(steering_kernels.__file__).parent, package)
+    turns = [Turn(tiny_llama.planes["two"], 150, "rotate_to")]
+    ask = Ask(PROMPT, turns, traffic.fields(turns, tiny_llama.planes), tokens=8)
+
+    def run() -> int:
+        path = [package.parent, SUPPORT, os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, tiny_llama.model, turns[0].plane, json.dumps(PROMPT)],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, path)),
+                "VLLM_CACHE_ROOT": str(cache),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+        assert answers, done.stdout[-2000:] + done.stderr[-4000:]
+        file, tokens, logprobs = json.loads(answers[0].removeprefix("ANSWER"))
+        assert Path(file).is_relative_to(package)
+        reply = traffic.Reply(choices=[traffic.Choice(tokens, logprobs)])
+        traffic.check(tiny_llama.oracle, ask, reply)
+        return len(list((cache / "torch_compile_cache/torch_aot_compile").iterdir()))
+
+    assert run() == 1
+    rows = package / "rows.py"
+    by, to = "ROTATE_BY = 1\n    ROTATE_TO = 2\n", "ROTATE_BY = 2\n    ROTATE_TO = 1\n"
+    assert by in rows.read_text()
+    rows.write_text(rows.read_text().replace(by, to))
+    assert run() == 2, "the edited version left no graph of its own"

@@ -7,7 +7,14 @@ import dataclasses
 import pytest
 
 from steering_server.engine import patches, plugin
-from steering_server.engine.patches import OVERRIDES, PATCHES, Override, Patch, PatchError
+from steering_server.engine.patches import (
+    FRONT_END,
+    OVERRIDES,
+    PATCHES,
+    Override,
+    Patch,
+    PatchError,
+)
 from steering_server.engine.retype import retype
 
 
@@ -18,14 +25,19 @@ def marked(patch: Patch) -> object:
 
 
 def test_what_is_applied_is_the_ledger() -> None:
-    plugin.register()
-    assert [marked(patch) for patch in PATCHES] == list(PATCHES)
-    before = [patches._resolve(patch.target)[2] for patch in PATCHES]
-    plugin.register()
-    assert [patches._resolve(patch.target)[2] for patch in PATCHES] == before
+    ledger = (*PATCHES, *FRONT_END)
+
+    def apply() -> list[object]:
+        plugin.register()
+        patches.apply_front_end()
+        return [patches._resolve(patch.target)[2] for patch in ledger]
+
+    before = apply()
+    assert [marked(patch) for patch in ledger] == list(ledger)
+    assert apply() == before
 
 
-@pytest.mark.parametrize("entry", [*PATCHES, *OVERRIDES], ids=lambda e: e.target)
+@pytest.mark.parametrize("entry", [*PATCHES, *FRONT_END, *OVERRIDES], ids=lambda e: e.target)
 def test_every_entry_says_why_and_fits_this_vllm(entry: Patch | Override) -> None:
     assert len(entry.why) > 20
     assert entry.parameters

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from steering_server.engine.prefix_key import block_key
-from steering_server.rotation import Mode, Rotation, Tokens
+from steering_server.request.rotation import Mode, Rotation, Tokens
 
 
 def rotation(

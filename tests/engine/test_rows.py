@@ -11,9 +11,9 @@ import torch
 from planes import random_plane
 from steering_kernels.rows import COS, MODE, SLOT, Mode
 from steering_planes import Plane, Site
-from steering_server.engine.bank import Bank
+from steering_server.engine.bank import SLOTS, Bank
 from steering_server.engine.rows import Rows
-from steering_server.rotation import Rotation, Tokens
+from steering_server.request.rotation import Rotation, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ ON, OFF = int(Mode.ROTATE_TO), int(Mode.OFF)
 def test_the_bank_is_zero_where_a_plane_does_not_select_a_site(two_planes: list[Plane]) -> None:
     site = Site(2, "mlp_in")
     bank = Bank(two_planes, [site], torch.device("cpu"))
-    assert bank.bases[site].shape == (2, 2, 576)
-    assert not bank.bases[site][0].any()
+    assert bank.bases[site].shape == (SLOTS, 2, 576)
     assert torch.equal(bank.bases[site][1], two_planes[1].bases[site])
+    assert not bank.bases[site][[0, *range(2, SLOTS)]].any()
     with pytest.raises(RuntimeError, match="no plane with digest"):
         bank.slot("0" * 64)
 

@@ -94,6 +94,28 @@ def test_the_shape_of_transformers_is_kept(kernels: Any) -> None:
     assert torch.allclose(out[0], expected(plain(x.clone())[0]), atol=2e-6)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_nothing_is_asked_of_the_number_of_tokens(name: str, kernels: Any) -> None:
+    """One graph for any, traced without knowing it, as under vLLM's dynamic shapes "unbacked"."""
+    make, _ = NORMS[name]
+    norm, plain = make(), make()
+    steer(norm, BANK, ROWS, kernels)
+
+    def step(norm: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = norm(x + 1)
+        return out if name == "LayerNorm" else norm(out, x)[0]
+
+    graph = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        for tokens in (6, 3, 1):
+            x = torch.randn(tokens, HIDDEN)
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+            want = expected(plain(x + 1))
+            want = want if name == "LayerNorm" else expected(plain(want, x.clone())[0])
+            assert torch.allclose(graph(norm, x), want, atol=5e-6)
+
+
 def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
     from vllm.model_executor.layers.layernorm import RMSNorm
 

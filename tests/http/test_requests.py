@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -182,22 +184,30 @@ def test_bad_requests_leave_their_batchmates_alone(server: Server) -> None:
     assert server.client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/invocations", {"model": "smollm2", "prompt": "a", "steering_angle": 1}),
-        ("/tokenize", {"model": "smollm2", "prompt": "a", "steering_foo": 1}),
-        ("/v1/messages/count_tokens", {"model": "smollm2", "messages": [], "steering": []}),
-    ],
-)
-def test_a_route_that_would_drop_steering_refuses_it(
-    server: Server, path: str, body: dict[str, Any]
-) -> None:
-    response = server.client.post(path, json=body)
-    assert response.status_code == 400
-    assert "does not take steering" in response.json()["error"]["message"]
-    unsteered = {k: v for k, v in body.items() if not k.startswith("steering")}
-    assert "does not take steering" not in server.client.post(path, json=unsteered).text
+@pytest.mark.parametrize("steering", [{}, {"steering_angle": 180}], ids=["unsteered", "steered"])
+def test_a_client_that_leaves_is_no_error(server: Server, steering: dict[str, Any]) -> None:
+    def traces() -> int:
+        return server.log.read_text().count("Traceback")
+
+    before = traces()
+    body = json.dumps(
+        {
+            "model": "smollm2",
+            "messages": [{"role": "user", "content": OCEAN}],
+            "max_tokens": 900,
+            "ignore_eos": True,
+            **steering,
+        }
+    ).encode()
+    with socket.create_connection((server.host, server.port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        time.sleep(1)
+    deadline = time.monotonic() + 20
+    while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.metric("vllm:num_requests_running") == 0
+    assert traces() == before
 
 
 def test_planes_are_listed(server: Server) -> None:

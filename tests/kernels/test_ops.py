@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering_kernels import choose
+from steering_kernels import choose, ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -28,3 +28,22 @@ def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(CPU).why.startswith("Triton runs on a CPU only as its interpreter")
     with pytest.raises(ValueError, match=r"kernels = 'triton' on cpu: .*TRITON_INTERPRET"):
         choose(CPU, "triton")
+
+
+@pytest.mark.parametrize("name", ["rotate_", "rms_norm_rotate", "add_rms_norm_rotate"])
+def test_a_call_costs_the_host_a_dispatch_and_no_more(name: str) -> None:
+    """Registered on a library, as vLLM does: a ``torch.library.custom_op`` costs four times it."""
+    assert f"steering::{name}" not in torch._library.custom_ops.OPDEFS
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(f"steering::{name}", "CompositeExplicitAutograd")
+    assert not has(f"steering::{name}", "Autograd")
+
+
+def test_a_number_of_tokens_that_does_not_fit_is_said() -> None:
+    bank, rows = torch.zeros(1, 2, 8), torch.zeros(3, 1, 5)
+    with pytest.raises(ValueError, match=r"rows must be \[2, planes, 5\], got \[3, 1, 5\]"):
+        ops.rotate(torch.zeros(2, 8), bank, rows)
+    with pytest.raises(ValueError, match=r"residual must be \[3, 8\], got \[2, 8\]"):
+        ops.add_rms_norm_rotate(
+            torch.zeros(3, 8), torch.zeros(2, 8), torch.ones(8), 1e-5, bank, rows
+        )

@@ -1,4 +1,4 @@
-"""A real server for tests: `steering serve` in a process group of its own."""
+"""A real server for tests: `steering serve`, or `vllm serve`, in a process group of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import httpx
 from engines import KV_CACHE
 
 START_SECONDS = 240
+VLLM_SERVE = (sys.executable, str(Path(__file__).parent / "vllm_serve.py"))
+"""The road of a platform that has `vllm serve` and our plugin installed."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Server:
     host: str
     port: int
     client: httpx.Client
+    pid: int
+    log: Path
 
     @property
     def url(self) -> str:
@@ -80,29 +84,49 @@ def serve(
     planes: Mapping[str, Path],
     log: Path,
     *arguments: str,
+    road: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A generator fixture's body: a server of ``model`` until the end."""
+    """A generator fixture's body: a server of ``model`` until the end.
+
+    Args:
+        model: the model's folder.
+        planes: name -> artifact.
+        log: where its output goes.
+        arguments: further flags.
+        road: the words before the model; `steering serve` if there are none.
+        environment: further variables.
+    """
     port = free_port()
     flags = [f for name, path in planes.items() for f in ("--steering-plane", f"{name}={path}")]
     words = [
-        command("steering"), "serve", str(model), "--served-model-name", "smollm2", *flags,
+        *(road or (command("steering"), "serve")), str(model),
+        "--served-model-name", "smollm2", *flags,
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32",
         "--max-model-len", "1024", "--max-num-seqs", "32",
         "--kv-cache-memory-bytes", str(KV_CACHE), *arguments,
     ]  # fmt: skip
+    variables = {**os.environ, "TRITON_INTERPRET": "0", **(environment or {})}
+    with running(words, log, variables) as process, client("127.0.0.1", port) as connected:
+        wait(connected, process, log, "/health")
+        yield Server("127.0.0.1", port, connected, process.pid, log)
+
+
+@contextlib.contextmanager
+def running(
+    words: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, which is ended with it."""
     with log.open("w") as output:
         process = subprocess.Popen(
             words,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TRITON_INTERPRET": "0", **(environment or {})},
+            env=environment,
             start_new_session=True,
         )
     try:
-        with client("127.0.0.1", port) as connected:
-            _wait(connected, process, log)
-            yield Server("127.0.0.1", port, connected)
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -114,13 +138,14 @@ def serve(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path, path: str) -> None:
+    """Until the server answers on ``path``."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         try:
-            if client.get("/health").status_code == 200:
+            if client.get(path).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.5)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from vllm.exceptions import VLLMValidationError
 
 from steering_planes import Plane, canonical_degrees
-from steering_server import metrics
-from steering_server.rotation import (
+from steering_server.request import metrics
+from steering_server.request.receipt import layers
+from steering_server.request.rotation import (
     EXTRA_ARG,
     MODES,
     RESERVED_PREFIX,
@@ -22,15 +23,20 @@ from steering_server.rotation import (
     Rotation,
     Tokens,
 )
+from steering_server.request.words import parse_words
 
 FIELDS = ("angle", "plane", "mode", "tokens", "gate")
+RECEIPTS = ("layers", "digest")
+"""What an answer says beside the fields: given back, it must be what the loaded plane has."""
 MAX_DEGREES = 360.0
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class SteeringError(VLLMValidationError):  # type: ignore[misc]
     """Steering that cannot be given exactly as asked: HTTP 400 in OpenAI's shape.
 
     Attributes:
+        rule: what the value must be.
         reason: a short code, the label of ``steering_rejections_total``.
     """
 
@@ -38,6 +44,7 @@ class SteeringError(VLLMValidationError):  # type: ignore[misc]
         # The value goes into the message: vLLM's own suffix would leave a null value out.
         shown = "null" if value is None else reprlib.repr(value)
         super().__init__(f"{field} = {shown}: {rule}", parameter=field)
+        self.rule = rule
         self.reason = reason
 
 
@@ -52,9 +59,19 @@ class Ask:
     fields: Mapping[str, Any]
 
 
+def is_reserved(key: str) -> bool:
+    """Whether a key is ours: known to us or an error, near misses included, never ignored."""
+    return key.casefold().startswith(RESERVED_PREFIX)
+
+
 def steering_fields(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The part of a request's ``extra_args`` (or JSON body) that is about steering."""
-    return {k: v for k, v in (extra_args or {}).items() if k.startswith(RESERVED_PREFIX)}
+    return {k: v for k, v in (extra_args or {}).items() if is_reserved(k)}
+
+
+def _says_something(fields: Mapping[str, Any]) -> bool:
+    # A null gate alone says nothing, nor does any other null.
+    return any(value is not None for value in fields.values())
 
 
 def parse(fields: Mapping[str, Any]) -> list[Ask]:
@@ -88,7 +105,7 @@ def parse(fields: Mapping[str, Any]) -> list[Ask]:
     if isinstance(items, str):  # vllm_xargs holds no objects, but it does hold text.
         try:
             items = json.loads(items)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             rule = f"as text it must be JSON: {error}"
             raise SteeringError(EXTRA_ARG, fields[EXTRA_ARG], rule, reason="bad_list") from None
     if not isinstance(items, Sequence) or isinstance(items, str):
@@ -100,7 +117,7 @@ def _item(i: int, item: Any) -> Ask:
     where = f"steering[{i}]"
     if not isinstance(item, Mapping):
         raise SteeringError(where, item, "must be an object", reason="bad_list")
-    known = (*FIELDS, "digest")
+    known = (*FIELDS, *RECEIPTS)
     for name, value in item.items():
         if name not in known:
             rule = f"unknown field; known are {', '.join(FIELDS)}"
@@ -117,7 +134,7 @@ def _ask(where: str, given: Mapping[str, Any]) -> Ask:
         if isinstance(value, bool) or not isinstance(value, int | float):
             rule = "must be a number" + (" in degrees" if name == "angle" else " or null")
             raise SteeringError(where + name, value, rule, reason=f"bad_{name}")
-        if not math.isfinite(value):
+        if not _fits(value):
             raise SteeringError(where + name, value, "must be finite", reason=f"bad_{name}")
     angle = given.get("angle")
     if angle is not None and abs(angle) > MAX_DEGREES:
@@ -125,7 +142,7 @@ def _ask(where: str, given: Mapping[str, Any]) -> Ask:
         raise SteeringError(f"{where}angle", angle, rule, reason="bad_angle")
     for name, allowed in (("mode", MODES), ("tokens", TOKENS)):
         value = given.get(name)
-        if value is not None and value not in allowed:
+        if value is not None and (not isinstance(value, str) or value not in allowed):
             rule = f"must be one of {', '.join(allowed)}"
             raise SteeringError(where + name, value, rule, reason=f"bad_{name}")
     plane = given.get("plane")
@@ -134,17 +151,71 @@ def _ask(where: str, given: Mapping[str, Any]) -> Ask:
     return Ask(where, given)
 
 
+def _fits(value: float) -> bool:
+    """Whether a number is finite in float32, which is what the rows hold."""
+    try:
+        return abs(float(value)) <= FLOAT32_MAX
+    except OverflowError:
+        return False
+
+
 class Admission:
     """Decides, for one server, what a request's steering fields mean.
 
     Args:
         planes: the loaded planes by name.
         max_planes: how many rotations one request may carry.
+        default: what steers a request that says nothing of steering, in words (see
+            :mod:`steering_server.request.words`); None leaves it alone.
+        required: refuse a request that would be unsteered.
+        presets: name -> words, model ids that stand for a steering.
+
+    Raises:
+        SteeringError: a default or a preset that no request could ask for.
     """
 
-    def __init__(self, planes: Mapping[str, Plane], max_planes: int) -> None:
+    def __init__(
+        self,
+        planes: Mapping[str, Plane],
+        max_planes: int,
+        *,
+        default: str | None = None,
+        required: bool = False,
+        presets: Mapping[str, str] | None = None,
+    ) -> None:
         self.planes = planes
         self.max_planes = max_planes
+        self.required = required
+        self.presets = dict(presets or {})
+        self.default: tuple[Rotation, ...] = ()
+        if default is not None:
+            self.default = self._from_words("--steering-default", default)
+        for name, words in self.presets.items():
+            self._from_words(f"--steering-preset {name}", words)
+
+    def _from_words(self, flag: str, words: str) -> tuple[Rotation, ...]:
+        try:
+            return self.admit({EXTRA_ARG: parse_words(words)})
+        except SteeringError as error:
+            raise SteeringError(flag, words, str(error), reason=error.reason) from None
+        except ValueError as error:
+            raise SteeringError(flag, words, str(error), reason="bad_words") from None
+
+    def settle(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
+        """What a request is steered by: what it asks for, else the server's default.
+
+        A request that says that it wants none (an empty list, a turn by 0) gets none.
+
+        Raises:
+            SteeringError: see :meth:`admit`; or nothing would steer it where something must.
+        """
+        fields = steering_fields(extra_args)
+        rotations = self.admit(fields) if _says_something(fields) else self.default
+        if self.required and not rotations:
+            rule = "required (--steering-required): ask for steering; a turn by 0 is none"
+            metrics.count_rejection("required")
+            raise SteeringError(EXTRA_ARG, fields.get(EXTRA_ARG), rule, reason="required")
+        return rotations
 
     def admit(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
         """The request's rotations in order; empty when nothing is to be steered.
@@ -176,17 +247,19 @@ class Admission:
             field = f"{ask.where}angle"
             rule = f"required: plane {name!r} has no default angle"
             raise SteeringError(field, None, rule, reason="no_angle")
-        digest = given.get("digest", plane.digest)
-        if digest != plane.digest:
-            rule = f"the loaded plane {name!r} has {plane.digest}"
-            raise SteeringError(f"{ask.where}digest", digest, rule, reason="unknown_plane")
+        for field, loaded in (("digest", plane.digest), ("layers", layers(plane))):
+            if (value := given.get(field, loaded)) != loaded:
+                rule = f"the loaded plane {name!r} has {loaded}"
+                raise SteeringError(f"{ask.where}{field}", value, rule, reason="unknown_plane")
+        gate = given.get("gate", plane.config.gate)
         return Rotation(
             plane=name,
             digest=plane.digest,
             angle=canonical_degrees(angle),
             mode=cast(Mode, given.get("mode", plane.config.default_mode)),
             tokens=cast(Tokens, given.get("tokens", "all")),
-            gate=given.get("gate", plane.config.gate),
+            # One number, one key: 1 is 1.0, and -0.0 is 0.0.
+            gate=None if gate is None else float(gate) + 0.0,
         )
 
     def _plane(self, ask: Ask) -> tuple[str, Plane]:

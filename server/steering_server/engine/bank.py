@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from steering_planes import Plane, Site
+
+SLOTS = 8
+"""The fewest slots; those that no plane needs are zero. The proof at start-up tries as many sites
+in one forward pass as there are slots (see :mod:`.proof`)."""
+
+
+LOUD = 32.0
+"""How long a lent basis is: what it turns, it moves 1024 times as far. What must be told is whether
+a site reaches the hidden states at all, even where weights are so small (vLLM's dummy ones) that
+bfloat16 would lose a turn."""
 
 
 class Bank:
@@ -30,16 +41,21 @@ class Bank:
         self.bases: Mapping[Site, Tensor] = {
             site: self._at(site, planes).to(device) for site in sites
         }
-        """Site -> [slots, 2, hidden] float32."""
+        """Site -> [slots, 2, hidden] float32; at addresses that never change."""
 
     @staticmethod
     def _at(site: Site, planes: list[Plane]) -> Tensor:
         hidden = planes[0].config.hidden_size
-        stack = torch.zeros(len(planes), 2, hidden, dtype=torch.float32)
+        stack = torch.zeros(max(len(planes), SLOTS), 2, hidden, dtype=torch.float32)
         for slot, plane in enumerate(planes):
             if site in plane.bases:
                 stack[slot] = plane.bases[site]
         return stack
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The planes' digests, in the order of their slots."""
+        return tuple(self._slots)
 
     def slot(self, digest: str) -> int:
         """The slot of a plane.
@@ -51,3 +67,30 @@ class Bank:
             return self._slots[digest]
         except KeyError:
             raise RuntimeError(f"no plane with digest {digest} in this process's bank") from None
+
+    @contextmanager
+    def lent(self) -> Iterator[Callable[[Mapping[int, tuple[Site, int]]], None]]:
+        """An empty bank whose slot k answers to the digest ``str(k)``, and the planes to none.
+
+        Afterwards, whatever happened, all is as it was.
+
+        Yields:
+            A function that lets slot k hold, at one site, the basis that a slot held there before,
+            :data:`LOUD` times as long: k -> (site, slot). All others are zero.
+        """
+        planes, held = self._slots, {site: basis.clone() for site, basis in self.bases.items()}
+
+        def show(shown: Mapping[int, tuple[Site, int]]) -> None:
+            for basis in self.bases.values():
+                basis.zero_()
+            for place, (site, slot) in shown.items():
+                self.bases[site][place].copy_(held[site][slot]).mul_(LOUD)
+
+        try:
+            self._slots = {str(slot): slot for slot in range(SLOTS)}
+            show({})
+            yield show
+        finally:
+            self._slots = planes
+            for site, basis in held.items():
+                self.bases[site].copy_(basis)

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from steering_server.engine.patches import OVERRIDES, PATCHES
+from steering_server.engine.patches import FRONT_END, OVERRIDES, PATCHES
 
 OWN_CODE = Path(__file__).parents[1]
+ENTRIES = [e for e in (*PATCHES, *FRONT_END, *OVERRIDES) if e.target.startswith("vllm.")]
+"""Of the ledger: what a vLLM's source can be asked about."""
 
 
 def problems(source: Path) -> list[str]:
@@ -29,9 +31,11 @@ def problems(source: Path) -> list[str]:
             f"{source} has no vllm/__init__.py: must be a wheel's or a source tree"
         )
     found = []
-    for entry in (*PATCHES, *OVERRIDES):
+    for entry in ENTRIES:
         module, _, qualname = entry.target.partition(":")
         node = _find(source, module, qualname.split("."))
+        if isinstance(node, ast.ImportFrom):
+            node = _find(source, node.module or "", qualname.split("."))
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             found.append(f"{entry.target} does not exist; needed: {entry.why}")
             continue
@@ -93,7 +97,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: make compat VLLM_SRC=<unpacked wheel or source tree>\n")
         return 2
     found = problems(Path(arguments[0]))
-    entries = len(PATCHES) + len(OVERRIDES)
+    entries = len(ENTRIES)
     imports = len(set(_imports()))
     for line in found:
         sys.stdout.write(f"{line}\n")

@@ -6,7 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.usage.usage_lib import UsageContext
+
 from steering_planes import open_plane
+from steering_server.engine import kv_connectors, patches
+from steering_server.engine.plugin import enable_everywhere
 from steering_server.engine.settings import SECTION, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -18,7 +23,14 @@ FLAGS = (
     "steering_max_planes",
     "steering_allow_model_mismatch",
     "steering_kernels",
+    "steering_skip_proof",
+    "steering_default",
+    "steering_required",
+    "steering_preset",
 )
+
+
+_TAKES_REQUESTS = (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUNNER)
 
 
 def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +62,29 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         help="What rotates: Triton's kernels or plain torch in the model's graph (default: the "
         "faster one on this device).",
     )
+    group.add_argument(
+        "--steering-skip-proof",
+        action="store_true",
+        help="Start without the proof that each site steers, which costs some forward passes.",
+    )
+    group.add_argument(
+        "--steering-default",
+        metavar="WORDS",
+        help="What steers a request that says nothing of it, as in sentiment@90 or "
+        "sentiment@180,rotate_by,generated+style@45 (default: nothing does).",
+    )
+    group.add_argument(
+        "--steering-required",
+        action="store_true",
+        help="Refuse, with a 400, a request that would be answered unsteered.",
+    )
+    group.add_argument(
+        "--steering-preset",
+        action="append",
+        metavar="NAME=WORDS",
+        help="A model id that stands for a steering, as in cheerful=sentiment@0; listed in "
+        "/v1/models. May be repeated.",
+    )
     return parser
 
 
@@ -74,6 +109,14 @@ def from_cli_args(
         section["allow_model_mismatch"] = True
     if (kernels := getattr(args, "steering_kernels", None)) is not None:
         section["kernels"] = kernels
+    if getattr(args, "steering_skip_proof", False):
+        section["skip_proof"] = True
+    if (default := getattr(args, "steering_default", None)) is not None:
+        section["default"] = default
+    if getattr(args, "steering_required", False):
+        section["required"] = True
+    if presets := getattr(args, "steering_preset", None):
+        section["presets"] = _presets(presets)
     if not section:
         return engine_args
     if SECTION in (engine_args.additional_config or {}):
@@ -103,6 +146,18 @@ def _named(flags: list[str]) -> dict[str, str]:
     return planes
 
 
+def _presets(flags: list[str]) -> dict[str, str]:
+    presets: dict[str, str] = {}
+    for flag in flags:
+        name, _, words = flag.partition("=")
+        if not name or not words:
+            raise SettingsError(f"--steering-preset {flag!r}: must be NAME=WORDS")
+        if name in presets:
+            raise SettingsError(f"--steering-preset {flag!r}: the name {name!r} is already taken")
+        presets[name] = words
+    return presets
+
+
 def create_engine_config(
     original: Callable[..., VllmConfig], engine_args: EngineArgs, *args: Any, **kwargs: Any
 ) -> VllmConfig:
@@ -110,10 +165,12 @@ def create_engine_config(
 
     Raises:
         PlaneError: a plane that is missing, broken or made for another model.
-        SettingsError: settings that do not parse, or a feature that steering cannot work under.
+        SettingsError: settings that do not parse, kernels that cannot run on this device, or a
+            feature that steering cannot work under.
     """
     vllm_config = original(engine_args, *args, **kwargs)
     settings = Settings.of(vllm_config)
+    settings.admission()
     if not settings.planes:
         return vllm_config
     refuse_unsupported(vllm_config)
@@ -128,13 +185,19 @@ def create_engine_config(
             name_or_path=model.model,
             allow_mismatch=settings.allow_model_mismatch,
         )
-    resolved = settings.resolved(planes).model_dump(mode="json")
+    usage = kwargs.get("usage_context", args[0] if args else None)
+    if usage in _TAKES_REQUESTS:
+        # Whatever command started this server: its routes must know the fields.
+        enable_everywhere()
+        patches.apply_front_end()
+    device = torch.device(vllm_config.device_config.device_type)
+    resolved = settings.resolved(planes, device).model_dump(mode="json")
     vllm_config.additional_config = {**vllm_config.additional_config, SECTION: resolved}
     return vllm_config
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Stop under what would reorder or split a step's tokens, or bypass admission.
+    """Stop under what would reorder or split a step's tokens, mix KV up, or bypass admission.
 
     Raises:
         SettingsError: naming every such setting.
@@ -142,6 +205,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     import vllm.envs as envs
 
     parallel = vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
     problems = [
         f"{name} ({why})"
         for name, why, on in (
@@ -165,8 +229,27 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
                 "sequence-parallel experts let a layer see a part of a step's tokens",
                 parallel.use_sequence_parallel_moe,
             ),
+            (
+                "--kv-sharing-fast-prefill",
+                "layers that share KV see a part of a step's tokens, and would steer others",
+                vllm_config.cache_config.kv_sharing_fast_prefill,
+            ),
+            (
+                "--speculative-config enable_adaptive_verification",
+                "which drafts are verified is decided on the device, after the step is laid out",
+                speculative is not None and speculative.enable_adaptive_verification,
+            ),
+            (
+                "--runner pooling",
+                "it generates nothing that a request could steer",
+                vllm_config.model_config.runner_type == "pooling",
+            ),
         )
         if on
+    ]
+    problems += [
+        f"KV connector {name} ({why}; start without it or without planes)"
+        for name, why in kv_connectors.refused(vllm_config.kv_transfer_config)
     ]
     if problems:
         raise SettingsError(f"steering cannot work with {'; '.join(problems)}")

@@ -99,7 +99,49 @@ PATCHES = (
         why="norms and runner are wired after the weights are loaded, before anything is traced",
         until="plugins are called when a model is loaded",
     ),
+    Patch(
+        target="vllm.v1.executor.abstract:Executor.compile_or_warm_up_model",
+        wrapper="steering_server.engine.proof:compile_or_warm_up_model",
+        parameters=("self",),
+        why="each site is proved to steer once every graph is there, by the one process that sees "
+        "all workers",
+        until="plugins are called when an engine is ready",
+    ),
 )
+
+FRONT_END = (
+    Patch(
+        target="starlette.requests:Request.json",
+        wrapper="steering_server.http.bodies:read_json",
+        parameters=("self",),
+        why="every route of the app reads its JSON here, whatever model it then makes of it: no "
+        "steering field is lost on any, and no body is held twice",
+        until="vLLM's request models can be extended",
+    ),
+    Patch(
+        target="starlette.requests:Request._get_form",
+        wrapper="steering_server.http.bodies:read_form",
+        parameters=("self",),
+        why="likewise every route that takes a form",
+        until="vLLM's request models can be extended",
+    ),
+    Patch(
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models",
+        wrapper="steering_server.http.presets:show_available_models",
+        parameters=("self",),
+        why="presets are listed in /v1/models",
+        until="plugins can serve model ids",
+    ),
+    Patch(
+        target="vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state",
+        wrapper="steering_server.request.roads:init_endpoint_plugins_state",
+        parameters=("engine_client", "state", "args"),
+        why="vLLM serves without an endpoint plugin that failed to load; and `vllm run-batch` has "
+        "no app to plug into",
+        until="endpoint plugins are required, and batches pass them",
+    ),
+)
+"""Of the processes that take requests; workers need not import what these do."""
 
 OVERRIDES = (
     Override(
@@ -132,6 +174,18 @@ def apply() -> None:
     for entry in (*PATCHES, *OVERRIDES):
         check(entry)
     for patch in PATCHES:
+        _wrap(patch)
+
+
+def apply_front_end() -> None:
+    """Apply :data:`FRONT_END`. Applied already, it stays as it is.
+
+    Raises:
+        PatchError: see :func:`apply`.
+    """
+    for patch in FRONT_END:
+        check(patch)
+    for patch in FRONT_END:
         _wrap(patch)
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import entry_points
+
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
+
+PLUGIN = "steering"
+
+# The groups that VLLM_PLUGINS filters once it is set. Endpoint plugins are not here: they are
+# off unless named, and stay so.
+_FILTERED_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
 
 
 class UnsupportedVersionError(RuntimeError):
@@ -30,3 +44,17 @@ def register() -> None:
     from steering_server.engine import patches
 
     patches.apply()
+
+
+def enable_everywhere() -> None:
+    """Name our plugin in ``VLLM_PLUGINS``, without switching any other off.
+
+    An unset ``VLLM_PLUGINS`` means every plugin but the endpoint plugins; a set one means those
+    named and no others.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None:
+        plugins = {e.name for group in _FILTERED_GROUPS for e in entry_points(group=group)}
+    else:
+        plugins = set(filter(None, named.split(",")))
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(plugins | {PLUGIN}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from steering_server.rotation import Rotation, admitted
+from steering_server.request.rotation import Rotation, admitted
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from steering_server import metrics
 from steering_server.engine.admission import Admission, SteeringError, steering_fields
 from steering_server.engine.settings import Settings
-from steering_server.rotation import EXTRA_ARG, Rotation
+from steering_server.request import metrics
+from steering_server.request.rotation import EXTRA_ARG, Rotation
+from steering_server.request.ticket import CURRENT
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -24,8 +25,7 @@ def admission_of(processor: InputProcessor) -> Admission:
     """The admission of the engine that ``processor`` feeds; made on first use."""
     admission: Admission | None = getattr(processor, "_steering_admission", None)
     if admission is None:
-        settings = Settings.of(processor.vllm_config)
-        admission = Admission(settings.load_planes(), settings.max_planes)
+        admission = Settings.of(processor.vllm_config).admission()
         processor._steering_admission = admission
     return admission
 
@@ -44,8 +44,8 @@ def process_inputs(
     Raises:
         SteeringError: steering that cannot be given exactly as asked.
     """
-    if isinstance(params, SamplingParams) and (fields := steering_fields(params.extra_args)):
-        rotations = admission_of(processor).admit(fields)
+    if isinstance(params, SamplingParams):
+        rotations = admission_of(processor).settle(params.extra_args)
         if rotations and kwargs.get("resumable"):
             rule = "not available on streaming inputs, whose prompt grows"
             raise SteeringError(EXTRA_ARG, len(rotations), rule, reason="streaming_input")
@@ -53,10 +53,22 @@ def process_inputs(
     return original(processor, request_id, prompt, params, *args, **kwargs)
 
 
-def with_rotations(params: SamplingParams, rotations: tuple[Rotation, ...]) -> SamplingParams:
-    """A copy of ``params`` that carries ``rotations`` and no other steering field."""
-    extra = {k: v for k, v in (params.extra_args or {}).items() if k not in steering_fields({k: v})}
-    if rotations:
+def with_rotations(
+    params: SamplingParams, rotations: tuple[Rotation, ...], *, settled: bool = False
+) -> SamplingParams:
+    """``params`` with ``rotations`` and no other steering field; a copy, where that changes it.
+
+    Args:
+        params: a request's.
+        rotations: what it is steered by.
+        settled: say so even of none, for a server whose default would be taken otherwise.
+    """
+    extra = params.extra_args or {}
+    fields = steering_fields(extra)
+    if not (fields or rotations or settled):
+        return params
+    extra = {k: v for k, v in extra.items() if k not in fields}
+    if rotations or settled:
         extra[EXTRA_ARG] = [r.to_wire() for r in rotations]
     params = params.clone()
     params.extra_args = extra or None
@@ -71,15 +83,26 @@ def generate(
     *args: Any,
     **kwargs: Any,
 ) -> AsyncGenerator[RequestOutput, None]:
-    """vLLM's stream of outputs, counted if it is steered."""
-    stream = original(engine, prompt, sampling_params, *args, **kwargs)
-    if not steering_fields(sampling_params.extra_args):
-        return stream
-    return _counted(stream, engine, sampling_params)
+    """vLLM's stream of outputs, steered as the client's request asks, and counted if it is.
+
+    Called, not iterated: an answer's first line must say what the engine was given.
+
+    Raises:
+        SteeringError: steering that cannot be given exactly as asked.
+    """
+    admission = admission_of(engine.input_processor)
+    ticket = CURRENT.get()
+    asked = sampling_params.extra_args
+    rotations = admission.settle(asked) if ticket is None else ticket.give(asked)
+    params = with_rotations(sampling_params, rotations, settled=bool(admission.default))
+    stream = original(engine, prompt, params, *args, **kwargs)
+    return _counted(stream, params, rotations) if rotations else stream
 
 
 async def _counted(
-    stream: AsyncGenerator[RequestOutput, None], engine: Any, params: SamplingParams
+    stream: AsyncGenerator[RequestOutput, None],
+    params: SamplingParams,
+    rotations: tuple[Rotation, ...],
 ) -> AsyncGenerator[RequestOutput, None]:
     outcome, prompt_tokens, generated = "error", 0, dict[int, int]()
     try:
@@ -101,5 +124,4 @@ async def _counted(
         raise
     finally:
         if outcome != "rejected":  # A refused request has its own counter.
-            rotations = admission_of(engine.input_processor).admit(params.extra_args)
             metrics.count_request(rotations, outcome, prompt_tokens, sum(generated.values()))

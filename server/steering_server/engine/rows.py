@@ -10,7 +10,7 @@ from torch import Tensor
 from steering_kernels import Mode, encode_row, identity_row
 from steering_kernels.rows import MODE
 from steering_server.engine.bank import Bank
-from steering_server.rotation import Rotation
+from steering_server.request.rotation import Rotation
 
 _MODES = {"rotate_by": Mode.ROTATE_BY, "rotate_to": Mode.ROTATE_TO}
 _SCOPES = {"all": 0, "prompt": 1, "generated": 2}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 from vllm.logger import init_logger
 
-from steering_kernels import choose
 from steering_planes import Site, find_sites
 from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
 from steering_server.engine.rows import Rows
 from steering_server.engine.settings import Settings, SettingsError
 from steering_server.engine.sites import steer
-from steering_server.rotation import Rotation, admitted
+from steering_server.request.rotation import Rotation, admitted
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What steers in one worker.
+
+    Attributes:
+        bank: the planes.
+        rows: what every token of a step carries.
+        norms: the steered norms, by site.
+        layers: the model's layers that this process has.
+    """
+
+    bank: Bank
+    rows: Rows
+    norms: Mapping[Site, nn.Module]
+    layers: range
 
 
 def steered_runner_v1(runner_class: Any) -> type:
@@ -115,6 +133,8 @@ def sites_here(asked: Iterable[Site], norms: Collection[Site], layers: range) ->
 def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
     """A worker's ``load_model``, and then the wiring, before anything is traced or captured.
 
+    The worker keeps a :class:`Wiring` as ``worker.steering``.
+
     Raises:
         SettingsError: the model lacks a site that a plane selects.
     """
@@ -136,7 +156,7 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         bank=bank,
         device=worker.device,
     )
-    choice = choose(worker.device, settings.kernels)
+    choice = settings.kernels_on(worker.device)
     for site in here:
         steer(norms[site], bank.bases[site], rows.tokens, choice.kernels)
     if worker.use_v2_model_runner:
@@ -146,6 +166,7 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         retype(runner, steered_runner_v1)
         runner.steering = rows
         runner._steering_order = []
+    worker.steering = Wiring(bank, rows, {site: norms[site] for site in here}, layers)
     logger.info(
         "Steering %d site(s) with plane(s) %s on %s kernels (%s): %s",
         len(here),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import steering_kernels
+from steering_kernels import Choice, Kernels, choose
 from steering_planes import Plane, Site, open_plane
+from steering_server.engine.admission import Admission, SteeringError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -15,8 +21,25 @@ SECTION = "steering"
 """The key of vLLM's ``additional_config`` that holds these settings.
 
 ``additional_config`` reaches every worker and enters the compile cache's key, so that a graph
-traced for one layout of sites is never used for another.
+traced for one layout of sites, one kind of kernels or one version of their code is never used for
+another.
 """
+
+_ENGINE = ("bank.py", "rows.py", "sites.py")
+
+
+def graph_code() -> str:
+    """SHA-256 over the source of all that steering adds to a model's graph: code and constants.
+
+    vLLM itself compares the files that Dynamo traced. One that only defines the layout of a row or
+    of the bank, or the schema of a kernel, is not among them.
+    """
+    kernels = sorted(Path(steering_kernels.__file__).parent.glob("*.py"))
+    digest = hashlib.sha256()
+    for file in (*kernels, *map(Path(__file__).with_name, _ENGINE)):
+        source = file.read_bytes()
+        digest.update(f"{file.name} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
 
 
 class SettingsError(ValueError):
@@ -26,8 +49,8 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """What the server steers with.
 
-    All is the user's but ``digests`` and ``sites``, which are filled in once, by the process that
-    creates vLLM's configuration.
+    All is the user's but the fields from ``digests`` on, which are filled in once, by the process
+    that creates vLLM's configuration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,8 +63,20 @@ class Settings(BaseModel):
     """Accept a plane that was calibrated on another model of the same shape."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What rotates; see :func:`steering_kernels.choose`."""
+    skip_proof: bool = False
+    """Start without having seen that each site steers; see :mod:`steering_server.engine.proof`."""
+    default: str | None = None
+    """What steers a request that says nothing of it; see :mod:`steering_server.request.words`."""
+    required: bool = False
+    """Refuse a request that would be unsteered."""
+    presets: dict[str, str] = Field(default_factory=dict)
+    """Model ids that stand for a steering: name -> words."""
     digests: dict[str, str] = Field(default_factory=dict)
     sites: tuple[str, ...] = ()
+    chosen: Kernels | None = None
+    """What ``kernels`` comes to on the server's device."""
+    code: str = ""
+    """See :func:`graph_code`."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Settings:
@@ -89,16 +124,81 @@ class Settings(BaseModel):
                 )
         return planes
 
-    def resolved(self, planes: dict[str, Plane]) -> Settings:
-        """With the digests and the union of the sites of ``planes``."""
+    def resolved(self, planes: dict[str, Plane], device: torch.device) -> Settings:
+        """With all that shapes the graph: the planes' digests, the union of their sites, what
+        rotates on ``device``, and the code around it.
+
+        Raises:
+            SettingsError: kernels that cannot run there.
+        """
         sites = sorted({site for plane in planes.values() for site in plane.sites})
         return self.model_copy(
             update={
                 "digests": {name: plane.digest for name, plane in planes.items()},
                 "sites": tuple(map(str, sites)),
+                "chosen": self._choose(device).kernels,
+                "code": graph_code(),
             }
         )
 
+    def _choose(self, device: torch.device) -> Choice:
+        try:
+            return choose(device, self.kernels)
+        except ValueError as error:
+            raise SettingsError(f"{SECTION}.{error}") from None
+
+    def kernels_on(self, device: torch.device) -> Choice:
+        """What rotates in a worker: what the compile cache's key says.
+
+        Raises:
+            SettingsError: these kernels, or this code, are not what the server resolved.
+        """
+        here = self._choose(device)
+        if here.kernels != self.chosen:
+            raise SettingsError(
+                f"{SECTION}.kernels = {self.kernels!r} is {self.chosen!r} where the server started "
+                f"and {here.kernels!r} in this worker ({here.why}); name one: --steering-kernels"
+            )
+        if (code := graph_code()) != self.code:
+            raise SettingsError(
+                f"this worker's code of steering-server is {code[:12]}, the server's is "
+                f"{self.code[:12]}: one version must run them all"
+            )
+        return here
+
+    def admission(self) -> Admission:
+        """What decides, for these planes, what a request's steering fields mean.
+
+        Raises:
+            PlaneError: see :meth:`load_planes`.
+            SettingsError: a default or a preset that no request could ask for; or one of them, or
+                that steering is required, without a plane.
+        """
+        for name in ("default", "required", "presets"):
+            if not self.planes and (value := getattr(self, name)):
+                raise SettingsError(
+                    f"{SECTION}.{name} = {value!r}: needs a plane (--steering-plane)"
+                )
+        try:
+            return Admission(
+                self.load_planes(),
+                self.max_planes,
+                default=self.default,
+                required=self.required,
+                presets=self.presets,
+            )
+        except SteeringError as error:
+            raise SettingsError(str(error)) from None
+
     def parsed_sites(self) -> tuple[Site, ...]:
-        """The sites to steer, in order."""
+        """The sites to steer, in order.
+
+        Raises:
+            SettingsError: planes without sites, which would steer nothing.
+        """
+        if self.planes and not self.sites:
+            raise SettingsError(
+                f"{SECTION}.planes = {sorted(self.planes)} without sites: this VllmConfig does not "
+                "come from EngineArgs.create_engine_config with the plugin loaded, which finds them"
+            )
         return tuple(map(Site.parse, self.sites))

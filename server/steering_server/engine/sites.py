@@ -29,8 +29,8 @@ def steered_norm(norm_class: Any) -> type:
             out = super().forward(*args, **kwargs)
             # Of a pair (normed, residual) only the first is steered.
             normed = out[0] if isinstance(out, tuple) else out
-            tokens = normed.reshape(-1, normed.shape[-1])  # [T, d]
-            rows = self.steering_rows[: tokens.shape[0]]
+            tokens = normed.flatten(0, -2)  # [T, d]
+            rows = _rows_of(tokens, self.steering_rows)
             rotated = rotate(tokens, self.steering_bank, rows, self.steering_kernels)
             rotated = rotated.view(normed.shape)
             return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
@@ -47,20 +47,26 @@ def fused_norm(norm_class: Any) -> type:
         steering_kernels: Kernels
 
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-            tokens = x.reshape(-1, x.shape[-1])  # [T, d]
+            tokens = x.flatten(0, -2)  # [T, d]
             out, total = add_rms_norm_rotate(
                 tokens,
-                None if residual is None else residual.reshape(tokens.shape),
+                None if residual is None else residual.flatten(0, -2),
                 self.weight.data,
                 self.variance_epsilon,
                 self.steering_bank,
-                self.steering_rows[: tokens.shape[0]],
+                _rows_of(tokens, self.steering_rows),
                 unit_offset=issubclass(norm_class, GemmaRMSNorm),
                 kernels=self.steering_kernels,
             )
             return out.view(x.shape) if total is None else (out.view(x.shape), total.view(x.shape))
 
     return FusedNorm
+
+
+def _rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
+    """A row for each of the tokens. Not a slice, which would ask whether there are fewer rows:
+    under vLLM's unbacked shapes nothing may be asked of the number of tokens."""
+    return rows.narrow(0, 0, tokens.shape[0])
 
 
 def is_fusable(norm: nn.Module) -> bool:

@@ -14,8 +14,8 @@ TOKENS: tuple[str, ...] = get_args(Tokens)
 EXTRA_ARG = "steering"
 """The key of ``SamplingParams.extra_args`` under which admitted rotations travel inside vLLM."""
 
-RESERVED_PREFIX = "steering"
-"""Every key that begins so is ours: one that we do not know is an error, never ignored."""
+RESERVED_PREFIX = "steer"
+"""Every key that begins so, in any case, is ours: one that we do not know is an error."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def admitted(extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
     """
     if not extra_args:
         return ()
-    raw = sorted(k for k in extra_args if k.startswith(RESERVED_PREFIX) and k != EXTRA_ARG)
+    raw = sorted(
+        k for k in extra_args if k.casefold().startswith(RESERVED_PREFIX) and k != EXTRA_ARG
+    )
     if raw:
         raise RuntimeError(f"steering fields {raw} reached the engine without admission")
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Counter
 
-from steering_server.rotation import Rotation
+from steering_server.request.rotation import Rotation
 
 # Not named ``vllm:*``: vLLM unregisters every collector of that name when it starts.
 REQUESTS = Counter(

@@ -1,0 +1,188 @@
+"""One request of a client, from its arrival to the last word of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from steering_server.engine.admission import (
+    Admission,
+    SteeringError,
+    parse,
+    steering_fields,
+)
+from steering_server.request import carriers, metrics
+from steering_server.request.models import ServedModels
+from steering_server.request.rotation import EXTRA_ARG, Rotation
+
+CURRENT: ContextVar[Ticket | None] = ContextVar("steering_ticket", default=None)
+"""The request that this task, and every task begun by it, works for."""
+
+GENERATING = frozenset(
+    {
+        "/cohere/v2/chat",
+        "/generative_scoring",
+        "/inference/v1/generate",
+        "/invocations",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/v1/systemone",
+    }
+)
+"""Routes that ask the engine to generate; on any other, steering is refused."""
+
+_SAMPLING_PARAMS = frozenset({"/inference/v1/generate"})
+
+
+@dataclass
+class Ticket:
+    """What a request asks for, and what became of it.
+
+    The engine's front end finds it in :data:`CURRENT`, so that no route has to carry anything:
+    whatever asks the engine to generate, for whichever request, is steered as that one asked.
+
+    Attributes:
+        path: the route, without the server's root path.
+        admission: knows the planes.
+        models: knows the model ids; None where model ids carry nothing.
+        header: the request header ``steering``.
+        rotations: what the request will be steered by; None until its body has been read.
+        admitted: what the engine was given, once it has been asked.
+        error: why the request is refused.
+    """
+
+    path: str
+    admission: Admission
+    models: ServedModels | None = None
+    header: str | None = None
+    rotations: tuple[Rotation, ...] | None = None
+    admitted: tuple[Rotation, ...] | None = None
+    error: SteeringError | None = None
+    _background: bool = field(default=False, repr=False)
+
+    @property
+    def generates(self) -> bool:
+        return self.path.rstrip("/") in GENERATING
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the engine was given what was asked for, or the answer says that it was not.
+
+        Of work that goes on behind the answer it is not asked.
+        """
+        if self.rotations is None:
+            return self.header is None
+        is_given = self.admitted is not None or self._background
+        return is_given or not self.rotations or self.error is not None
+
+    def read_json(self, body: Any) -> Any:
+        """Take what a JSON body asks for, and give back what is left for the route.
+
+        Raises:
+            SteeringError: steering that cannot be given exactly as asked.
+        """
+        if not isinstance(body, dict):
+            return body
+        own = self.path.rstrip("/") in _SAMPLING_PARAMS
+        self._background |= body.get("background") is True
+        return self._read(body, lambda: carriers.take_body(body, sampling_params=own))
+
+    def read_form(self, form: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`read_json`, of a form's fields."""
+        return self._read(form, lambda: carriers.take_form(form))
+
+    def _read(self, body: dict[str, Any], take: Any) -> dict[str, Any]:
+        try:
+            self._settle(body, take)
+        except SteeringError as error:
+            self.error = error
+            raise
+        return body
+
+    def _settle(self, body: dict[str, Any], take: Any) -> None:
+        try:
+            asked = self._asked(body, take)
+        except SteeringError as error:
+            metrics.count_rejection(error.reason)
+            raise
+        # A route may read its body twice; it asks once.
+        if self.rotations is not None:
+            return
+        if not self.generates:
+            self.rotations = ()
+            return
+        source, fields = asked
+        try:
+            self.rotations = self.admission.settle(fields)
+        except SteeringError as error:
+            raise _said_by(source, error) from None
+        if self.rotations and body.get("use_beam_search"):
+            rule = "beam search does not carry steering; leave out one of the two"
+            metrics.count_rejection("beam_search")
+            raise SteeringError("use_beam_search", True, rule, reason="beam_search")
+
+    def _asked(self, body: dict[str, Any], take: Any) -> tuple[tuple[str, Any], dict[str, Any]]:
+        """The one carrier that says something, as (its name, its text), and what it says."""
+        said: list[tuple[tuple[str, Any], dict[str, Any]]] = []
+        fields = take()
+        if _asks(fields):
+            said.append((("body", None), fields))
+        else:
+            parse(fields)  # Nulls ask for nothing, but for what must be known.
+        if self.header is not None:
+            said.append((("steering (header)", self.header), carriers.read_header(self.header)))
+        if self.models is not None and isinstance(model := body.get("model"), str):
+            body["model"], items = self.models.split(model)
+            if items is not None:
+                said.append((("model", model), {EXTRA_ARG: items}))
+        if not said:
+            return ("body", None), {}
+        if not self.generates:
+            (name, text), fields = said[0]
+            key, value = next(iter(fields.items())) if name == "body" else (name, text)
+            rule = f"{self.path} does not take steering; {', '.join(sorted(GENERATING))} do"
+            raise SteeringError(key, value, rule, reason="unsupported_route")
+        if len(said) > 1:
+            (first, text), _ = said[1]
+            others = " and ".join(name for (name, _), _ in said if name != first)
+            rule = f"steering is given twice, also in the {others}"
+            raise SteeringError(first, text, rule, reason="conflicting_fields")
+        return said[0]
+
+    def give(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
+        """What the engine, asked to generate for this request, is to steer by.
+
+        Raises:
+            SteeringError: steering that came past the request's body and cannot be given.
+        """
+        fields = steering_fields(extra_args)
+        try:
+            if fields and self.rotations and self.rotations != self.admission.default:
+                rule = "given twice, also by the request that it came with"
+                metrics.count_rejection("conflicting_fields")
+                key, value = next(iter(fields.items()))
+                raise SteeringError(key, value, rule, reason="conflicting_fields")
+            if fields or self.rotations is None:
+                self.rotations = self.admission.settle(fields)
+        except SteeringError as error:
+            self.error = error
+            raise
+        self.admitted = self.rotations
+        return self.rotations
+
+
+def _asks(fields: Mapping[str, Any]) -> bool:
+    return any(value is not None for value in fields.values())
+
+
+def _said_by(source: tuple[str, Any], error: SteeringError) -> SteeringError:
+    """The error in the terms of the carrier that the caller wrote."""
+    name, text = source
+    return error if name == "body" else SteeringError(name, text, str(error), reason=error.reason)

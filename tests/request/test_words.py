@@ -1,0 +1,54 @@
+"""Steering in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from steering_server.request.words import parse_words
+
+
+@pytest.mark.parametrize(
+    ("words", "items"),
+    [
+        ("sentiment@90", [{"plane": "sentiment", "angle": 90.0}]),
+        ("@-90.5", [{"angle": -90.5}]),
+        ("sentiment", [{"plane": "sentiment"}]),
+        (
+            "sentiment@180,rotate_by,generated,gate=0.5",
+            [
+                {
+                    "plane": "sentiment",
+                    "angle": 180.0,
+                    "mode": "rotate_by",
+                    "tokens": "generated",
+                    "gate": 0.5,
+                }
+            ],
+        ),
+        (
+            "a@1,gate=none+b@2",
+            [{"plane": "a", "angle": 1.0, "gate": None}, {"plane": "b", "angle": 2.0}],
+        ),
+    ],
+)
+def test_words_are_items(words: str, items: list[dict[str, Any]]) -> None:
+    assert parse_words(words) == items
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ("", "must name a plane or an angle"),
+        ("a@", "an angle in degrees"),
+        ("a@x", "'x'"),
+        ("a@1,turn", "unknown word 'turn'"),
+        ("a@1,all,prompt", "'prompt' says the tokens a second time"),
+        ("a@1,gate=x", "a number or none"),
+        ("a@1+", "must name a plane or an angle"),
+    ],
+)
+def test_what_cannot_be_read_is_named(words: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        parse_words(words)
