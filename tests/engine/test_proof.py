@@ -318,10 +318,10 @@ def test_an_empty_bank_is_returned_whatever_happened(tiny_llama: Tiny) -> None:
     bank = Bank(planes, [site, other], torch.device("cpu"))
     before = {where: bases.clone() for where, bases in bank.bases.items()}
     addresses = {where: bases.data_ptr() for where, bases in bank.bases.items()}
-    with pytest.raises(KeyboardInterrupt), bank.lent() as show:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), bank.lent(3.0) as show:  # noqa: PT012
         assert not any(bases.any() for bases in bank.bases.values())
         show({5: (site, 1)})
-        assert torch.equal(bank.bases[site][5], planes[1].bases[site])
+        assert torch.equal(bank.bases[site][5], 3.0 * planes[1].bases[site])
         show({0: (other, 1)})
         assert not bank.bases[site].any()
         assert bank.slot("7") == 7

@@ -15,12 +15,6 @@ SLOTS = 8
 in one forward pass as there are slots (see :mod:`.proof`)."""
 
 
-LOUD = 32.0
-"""How long a lent basis is: what it turns, it moves 1024 times as far. What must be told is whether
-a site reaches the hidden states at all, even where weights are so small (vLLM's dummy ones) that
-bfloat16 would lose a turn."""
-
-
 class Bank:
     """Bases of all loaded planes, as the rotation reads them.
 
@@ -69,14 +63,14 @@ class Bank:
             raise RuntimeError(f"no plane with digest {digest} in this process's bank") from None
 
     @contextmanager
-    def lent(self) -> Iterator[Callable[[Mapping[int, tuple[Site, int]]], None]]:
+    def lent(self, length: float) -> Iterator[Callable[[Mapping[int, tuple[Site, int]]], None]]:
         """An empty bank whose slot k answers to the digest ``str(k)``, and the planes to none.
 
         Afterwards, whatever happened, all is as it was.
 
         Yields:
             A function that lets slot k hold, at one site, the basis that a slot held there before,
-            :data:`LOUD` times as long: k -> (site, slot). All others are zero.
+            ``length`` times as long: k -> (site, slot). All others are zero.
         """
         planes, held = self._slots, {site: basis.clone() for site, basis in self.bases.items()}
 
@@ -84,7 +78,7 @@ class Bank:
             for basis in self.bases.values():
                 basis.zero_()
             for place, (site, slot) in shown.items():
-                self.bases[site][place].copy_(held[site][slot]).mul_(LOUD)
+                self.bases[site][place].copy_(held[site][slot]).mul_(length)
 
         try:
             self._slots = {str(slot): slot for slot in range(SLOTS)}

@@ -35,6 +35,12 @@ LARGE = 32
 """Tokens that a large step has at least, where no CUDA graph says what is large."""
 
 
+LENGTH = 256.0
+"""How long the bases of a proof are: what they turn, they move 65536 times as far. What must be
+told is whether a site reaches the hidden states at all, even where weights are so small (vLLM's
+dummy ones) that bfloat16 would lose a turn. float16 has no room for it, and loses less."""
+
+
 @dataclass(frozen=True)
 class NormReport:
     """One steered norm of a worker.
@@ -146,6 +152,7 @@ def look(worker: Any, requests: int, passes: Sequence[Sequence[Probe]]) -> list[
     """
     wiring: Wiring = worker.steering
     rank, steps, unsteered = _rank(worker), _Steps(worker), [None] * requests
+    length = 1.0 if worker.vllm_config.model_config.dtype == torch.float16 else LENGTH
     seen = []
     with torch.inference_mode(), _undisturbed(worker):
         try:
@@ -153,7 +160,7 @@ def look(worker: Any, requests: int, passes: Sequence[Sequence[Probe]]) -> list[
                 before = steps.passes
                 plain = steps.run(step, unsteered)
                 changes = [_change(plain, steps.run(step, unsteered))]
-                with wiring.bank.lent() as show:
+                with wiring.bank.lent(length) as show:
                     changes.append(_change(plain, steps.run(step, _under(requests, SLOTS))))
                     for probes in passes:
                         own = {k: p for k, p in enumerate(probes) if p.rank == rank}
