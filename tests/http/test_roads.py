@@ -28,7 +28,11 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     "/invocations": {"prompt": "The ocean is", **GREEDY, "max_tokens": 16},
     "/inference/v1/generate": {"token_ids": [504, 4, 5, 6], "sampling_params": GREEDY},
-    "/generative_scoring": {"query": "The ocean is", "items": [" good"], "label_token_ids": [260, 253]},
+    "/generative_scoring": {
+        "query": "The ocean is",
+        "items": [" good"],
+        "label_token_ids": [260, 253],
+    },
 }
 """The generating routes of a text model's server, each with a request."""
 
