@@ -22,6 +22,13 @@ from steering_server.engine.settings import Settings, SettingsError
 TENSORS = "steering_plane.safetensors"
 
 
+@pytest.fixture(autouse=True)
+def _plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our flags name the plugin in it; it is restored."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delenv("VLLM_PLUGINS")
+
+
 def configure(model: Path, *flags: str) -> Any:
     """vLLM's configuration, made as `steering serve MODEL FLAGS` makes it."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -61,6 +68,43 @@ def test_an_api_server_without_the_plugin_yet_reads_the_same(smollm2: Path, plan
     assert unpatched(AsyncEngineArgs, sent).additional_config == here.additional_config
     # Nor are there two places of steering to those that have it.
     assert AsyncEngineArgs.from_cli_args(sent).additional_config == here.additional_config
+
+
+def test_what_is_parsed_is_settled_for_whoever_is_sent_it(smollm2: Path, plane: Path) -> None:
+    """vLLM's supervisor of data-parallel servers sends its arguments on as it parsed them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--steering-plane", f"a={plane}", "--steering-default", "a@9", "--steering-required"]
+    args = parser.parse_args(["--model", str(smollm2), *flags])
+    section = {"planes": {"a": str(plane)}, "default": "a@9", "required": True}
+    unpatched = AsyncEngineArgs.from_cli_args.__func__.__wrapped__
+    sent = unpatched(AsyncEngineArgs, pickle.loads(pickle.dumps(args)))
+    assert sent.additional_config == {"steering": section}
+    assert "steering" in os.environ["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--steering-default", "a@x"], "an angle in degrees"),
+        (["--steering-default", "b@9"], "no such plane"),
+        (["--steering-preset", "calm=a@400"], "between -360 and 360"),
+        (["--steering-preset", "calm"], "NAME=WORDS"),
+        (["--steering-preset", "calm=a@1", "--steering-preset", "calm=a@2"], "already taken"),
+    ],
+)
+def test_words_that_no_request_could_say_stop_the_start(
+    smollm2: Path, plane: Path, flags: list[str], rule: str
+) -> None:
+    with pytest.raises(SettingsError, match=rule):
+        configure(smollm2, "--steering-plane", f"a={plane}", *flags)
+
+
+def test_a_default_without_a_plane_stops_the_start(smollm2: Path) -> None:
+    with pytest.raises(SettingsError, match="needs a plane"):
+        configure(smollm2, "--steering-required")
 
 
 def test_sites_are_part_of_the_compile_caches_key(smollm2: Path, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def posts(app: FastAPI) -> set[str]:
 
 def test_every_route_is_classified(app: FastAPI) -> None:
     """One that a new vLLM brings fails here until someone has looked at it."""
-    classes = (GENERATING - {"/cohere/v2/chat"}, BODILESS, REFUSING)
+    elsewhere = {"/cohere/v2/chat", "/v1/decisions"}  # See tests/http/test_roads.py.
+    classes = (GENERATING - elsewhere, BODILESS, REFUSING)
     assert posts(app) - set().union(*classes) == set()
     assert set().union(*classes) - posts(app) == set()
     assert sum(map(len, classes)) == len(set().union(*classes))
@@ -143,6 +144,17 @@ def test_no_spelling_slips_through(client: TestClient) -> None:
             assert answer.json()["error"]["message"].startswith("steering")
 
 
+def test_nothing_is_asked_where_nothing_reads(client: TestClient) -> None:
+    for path, headers in (
+        ("/v1/completions?steering_angle=10", {}),
+        ("/v1/completions", {"steering-angle": "10"}),
+        ("/v1/completions", {"x-steering-plane": "p"}),
+    ):
+        answer = client.post(path, json={"model": "m", "prompt": "a"}, headers=headers)
+        assert answer.status_code == 400, path
+        assert "nothing reads it" in answer.json()["error"]["message"]
+
+
 class Transcriber:
     """As vLLM's handler of the route: it asks the engine to generate, and answers."""
 
@@ -181,6 +193,7 @@ def transcribe(client: TestClient, headers: Any = None, **fields: str) -> Any:
     [
         {"steering_angle": "90"},
         {"vllm_xargs": '{"steering_angle": 90}'},
+        {"vllm_xargs[steering_angle]": "90"},
         {"steering": '[{"angle": 90}]'},
         {"model": "m:p@90"},
         {"model": "calm"},
@@ -197,6 +210,13 @@ def test_a_form_steers(client: TestClient, app: FastAPI, fields: dict[str, str])
     (extra,) = engine.asked
     assert extra is not None
     assert [item["angle"] for item in extra["steering"]] == [90]
+
+
+def test_a_file_that_is_named_as_a_field_is_refused(client: TestClient, app: FastAPI) -> None:
+    app.state.openai_serving_transcription = Transcriber(apps.Engine(app.state.steering))
+    files = {"file": ("a.wav", b"sound"), "steering": ("a.json", b'[{"angle": 90}]')}
+    answer = client.post("/v1/audio/transcriptions", data={"model": "m"}, files=files)
+    assert answer.status_code == 400, answer.text
 
 
 @pytest.mark.parametrize(
@@ -238,6 +258,22 @@ def test_an_answer_without_the_steering_asked_for_is_never_sent(
     assert answer.status_code == 500
     assert "words" not in answer.text
     assert transcribe(client).status_code == 200
+
+
+def test_a_socket_with_the_header_is_not_opened(client: TestClient) -> None:
+    with (
+        pytest.raises(WebSocketDisconnect) as caught,
+        client.websocket_connect("/v1/realtime", headers={"steering": "angle=90"}),
+    ):
+        pass
+    assert caught.value.code == 1008
+
+
+def test_a_root_path_is_as_starlette_takes_it(client: TestClient, app: FastAPI) -> None:
+    app.state.openai_serving_transcription = Transcriber(apps.Engine(app.state.steering))
+    for root in ("/", "/api"):
+        rooted = TestClient(app, root_path=root, raise_server_exceptions=False)
+        assert transcribe(rooted, steering_angle="90").json()["steering"]["angle"] == 90
 
 
 def test_a_socket_that_asks_for_steering_is_closed(client: TestClient, app: FastAPI) -> None:

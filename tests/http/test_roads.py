@@ -40,6 +40,7 @@ ELSEWHERE = {
     "/cohere/v2/chat": "needs Cohere's SDK",
     "/v1/audio/transcriptions": "of a model that hears; tests/http/test_app.py has it",
     "/v1/audio/translations": "likewise",
+    "/v1/decisions": "vLLM 0.33 has it",
     "/v1/systemone": "of models that vLLM lists by name",
 }
 

@@ -70,6 +70,17 @@ def test_a_forms_numbers_are_text() -> None:
     assert take_form({"vllm_xargs": "{"}) == {}
 
 
+def test_an_object_in_a_form_may_be_sent_in_brackets() -> None:
+    """As OpenAI's SDK sends ``extra_body`` beside a file."""
+    form = {"vllm_xargs[steering_angle]": "90", "vllm_xargs[b]": "2", "model": "m"}
+    assert take_form(form) == {"steering_angle": 90.0}
+    assert form == {"vllm_xargs[b]": "2", "model": "m"}
+    for key in ("extra_body[steering_angle]", "vllm_xargs[a][steer]"):
+        with pytest.raises(SteeringError) as caught:
+            take_form({key: "90"})
+        assert caught.value.parameter == key
+
+
 @pytest.mark.parametrize(
     ("text", "items"),
     [
@@ -90,7 +101,17 @@ def test_a_header_is_a_structured_dictionary(text: str, items: list[dict[str, An
 
 
 @pytest.mark.parametrize(
-    "text", ["", "angle=", "angel=3", "angle=(1 2), plane=p", "angle 3", "\x00", "angle=é"]
+    "text",
+    [
+        "",
+        "angle=",
+        "angel=3",
+        "angle=(1 2), plane=p",
+        'plane="p";angle=9',
+        "angle 3",
+        "\x00",
+        "angle=é",
+    ],
 )
 def test_any_other_header_is_refused(text: str) -> None:
     with pytest.raises(SteeringError) as caught:
@@ -119,6 +140,7 @@ def split(model: str, **options: Any) -> Any:
         ("org/m:v1:p@90", ("org/m:v1", P90)),
         ("org/m:v1@90", ("org/m:v1", [{"angle": 90.0}])),
         ("calm", ("m", P90)),
+        ("m:calm", ("m", P90)),
         ("lora:calm", ("lora", P90)),
         ("none", ("none", None)),
         ("none:v2", ("none:v2", None)),
@@ -134,7 +156,9 @@ def test_an_adapter_that_vllm_may_yet_find_keeps_its_name() -> None:
     assert split("late:p@90", may_be_served=True) == ("late", P90)
 
 
-@pytest.mark.parametrize("model", ["m:p@x", "m@", "m:p@90,turn", "none:p@90"])
+@pytest.mark.parametrize(
+    "model", ["m:p@x", "m@", "m:p@90,turn", "none:p@90", "none@90", "none:calm"]
+)
 def test_a_model_id_that_asks_in_vain_is_refused(model: str) -> None:
     with pytest.raises(SteeringError) as caught:
         split(model)

@@ -36,6 +36,16 @@ _TAKES_REQUESTS = (UsageContext.OPENAI_API_SERVER, UsageContext.OPENAI_BATCH_RUN
 def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
     """vLLM's engine flags, and ours in a group of their own."""
     parser = original(parser, *args, **kwargs)
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        # At once: some ways of vLLM to start servers send the arguments on as they were parsed, to
+        # processes that read them before a plugin is loaded.
+        namespace, rest = parse(*args, **kwargs)
+        _fold(namespace)
+        return namespace, rest
+
+    parser.parse_known_args = parse_known_args
     group = parser.add_argument_group("steering", "Rotating activations, by an angle per request.")
     group.add_argument(
         "--steering-plane",
@@ -88,47 +98,50 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
     return parser
 
 
-def from_cli_args(
-    original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace
-) -> EngineArgs:
-    """vLLM's engine arguments, with our flags folded into ``additional_config``.
-
-    In ``args`` too: vLLM sends them to further API servers, which read them before a plugin is
-    loaded there.
+def _fold(args: argparse.Namespace) -> None:
+    """Our flags, into ``additional_config``, which vLLM hands on to every process it starts.
 
     Raises:
         SettingsError: a flag that does not parse, or steering given in two places.
     """
-    engine_args = original(cls, args)
     section: dict[str, Any] = {}
     if planes := getattr(args, "steering_plane", None):
         section["planes"] = _named(planes)
     if (max_planes := getattr(args, "steering_max_planes", None)) is not None:
         section["max_planes"] = max_planes
-    if getattr(args, "steering_allow_model_mismatch", False):
-        section["allow_model_mismatch"] = True
-    if (kernels := getattr(args, "steering_kernels", None)) is not None:
-        section["kernels"] = kernels
-    if getattr(args, "steering_skip_proof", False):
-        section["skip_proof"] = True
-    if (default := getattr(args, "steering_default", None)) is not None:
-        section["default"] = default
-    if getattr(args, "steering_required", False):
-        section["required"] = True
+    for flag in ("allow_model_mismatch", "skip_proof", "required"):
+        if getattr(args, f"steering_{flag}", False):
+            section[flag] = True
+    for flag in ("kernels", "default"):
+        if (value := getattr(args, f"steering_{flag}", None)) is not None:
+            section[flag] = value
     if presets := getattr(args, "steering_preset", None):
         section["presets"] = _presets(presets)
     if not section:
-        return engine_args
-    if SECTION in (engine_args.additional_config or {}):
+        return
+    given = getattr(args, "additional_config", None) or {}
+    if SECTION in given:
         raise SettingsError(
             f"give --steering-* flags or additional_config.{SECTION}, not both: flags set "
             f"{', '.join(section)}"
         )
-    engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: section}
-    args.additional_config = engine_args.additional_config
+    args.additional_config = {**given, SECTION: section}
     for flag in FLAGS:
         setattr(args, flag, None)
-    return engine_args
+    # For the processes that are started from here, whatever they load first.
+    enable_everywhere()
+
+
+def from_cli_args(
+    original: Callable[..., EngineArgs], cls: type[EngineArgs], args: argparse.Namespace
+) -> EngineArgs:
+    """vLLM's engine arguments, with our flags in ``additional_config``.
+
+    Raises:
+        SettingsError: see :func:`_fold`.
+    """
+    _fold(args)
+    return original(cls, args)
 
 
 def _named(flags: list[str]) -> dict[str, str]:

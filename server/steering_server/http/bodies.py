@@ -10,7 +10,7 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from steering_server.engine.admission import SteeringError
+from steering_server.engine.admission import SteeringError, is_reserved
 from steering_server.request.ticket import CURRENT
 
 
@@ -38,7 +38,12 @@ async def read_form(
     form = await original(request, **limits)
     if (ticket := CURRENT.get()) is None:
         return form
-    texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+    # A file that is named as a field of ours is one, and refused as such.
+    texts = {
+        key: value
+        for key, value in form.multi_items()
+        if isinstance(value, str) or is_reserved(key)
+    }
     try:
         left = ticket.read_form(dict(texts))
     except SteeringError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
@@ -18,15 +18,14 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from steering_server.engine.admission import SteeringError, is_reserved
 from steering_server.request import metrics
 from steering_server.request.receipt import NAME, header, member
-from steering_server.request.rotation import Rotation
-from steering_server.request.ticket import CURRENT, GENERATING, Ticket
+from steering_server.request.ticket import CURRENT, GENERATING, RESPONSES, Ticket
 
 _USAGE = (b'"usage":{', b'"usage": {')
 _DATA = b"data: {"
 FORWARDED = "x-steering"
 """The request header's other name: many proxies forward what begins with x- and nothing else."""
 
-_RESPONSES = "/v1/responses"
+_HEADERS = (NAME, FORWARDED)
 _ANSWER_ID = re.compile(rb'"id":"(resp_[^"]+)"')
 
 
@@ -39,10 +38,16 @@ class SteeringMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         # As long as vLLM keeps the answers themselves.
-        self._stored: dict[str, tuple[Rotation, ...]] = {}
+        self._stored: dict[str, Ticket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
+            headers = Headers(scope=scope)
+            if NAME in headers or FORWARDED in headers:
+                reason = f"{NAME}: this route does not take steering"
+                metrics.count_rejection("unsupported_route")
+                await send({"type": "websocket.close", "code": 1008, "reason": reason})
+                return
             await self.app(scope, _without_steering(receive, send), send)
             return
         if scope["type"] != "http" or scope["method"] not in ("GET", "POST"):
@@ -53,11 +58,10 @@ class SteeringMiddleware:
         crosses_origins = "origin" in headers
         if scope["method"] == "GET":
             path, _, answer_id = _path(scope).rpartition("/")
-            rotations = self._stored.get(answer_id) if path == _RESPONSES else None
-            if rotations is not None:
-                ticket = Ticket(path, state.steering, rotations=rotations, admitted=rotations)
-                again = _Answer(ticket, send, scope, receive, crosses_origins=crosses_origins)
-                send = again.send
+            stored = self._stored.get(answer_id) if path == RESPONSES else None
+            if stored is not None and (given := stored.admitted):
+                ticket = Ticket(path, state.steering, rotations=given, admitted=given)
+                send = _Answer(ticket, send, scope, receive, crosses_origins=crosses_origins).send
             await self.app(scope, receive, send)
             return
         ticket = Ticket(
@@ -67,7 +71,9 @@ class SteeringMiddleware:
             header=headers.get(NAME, headers.get(FORWARDED)),
         )
         answer = _Answer(ticket, send, scope, receive, crosses_origins=crosses_origins)
-        if (misplaced := _misplaced(ticket, headers)) is not None:
+        if ticket.path == RESPONSES and envs.VLLM_ENABLE_RESPONSES_API_STORE:
+            answer.named = lambda answer_id: self._stored.update({answer_id: ticket})
+        if (misplaced := _misplaced(ticket, scope, headers)) is not None:
             metrics.count_rejection(misplaced.reason)
             await answer.refuse(misplaced)
             return
@@ -81,12 +87,17 @@ class SteeringMiddleware:
             await answer.refuse(ticket.error or error)
         finally:
             CURRENT.reset(token)
-            if answer.answer_id is not None and envs.VLLM_ENABLE_RESPONSES_API_STORE:
-                self._stored[answer.answer_id] = ticket.rotations or ()
 
 
-def _misplaced(ticket: Ticket, headers: Headers) -> SteeringError | None:
-    """What can be said against a request's steering header before its body is read."""
+def _misplaced(ticket: Ticket, scope: Scope, headers: Headers) -> SteeringError | None:
+    """What can be said against a request's steering before its body is read."""
+    query = QueryParams(scope["query_string"])
+    for place, names in (("query", query), ("header", headers)):
+        for name in names:
+            if is_reserved(name.removeprefix("x-")) and (place == "query" or name not in _HEADERS):
+                rule = f"nothing reads it in the {place}; give it in the body, or as header {NAME}"
+                value = query.get(name) if place == "query" else headers.get(name)
+                return SteeringError(name, value, rule, reason="unknown_field")
     if ticket.header is None:
         return None
     if len(headers.getlist(NAME) + headers.getlist(FORWARDED)) > 1:
@@ -115,7 +126,7 @@ class _Answer:
         self._is_steered = False
         self._is_refused = False
         self.has_begun = False
-        self.answer_id: str | None = None  # Of an answer that may be asked for again.
+        self.named: Callable[[str], None] | None = None  # Told the id of the answer.
 
     async def send(self, message: Message) -> None:
         if self._is_refused:
@@ -178,14 +189,16 @@ class _Answer:
     async def _continue(self, message: Message) -> None:
         body: bytes = message.get("body", b"")
         # Before the last word: of a JSON answer, before the first.
-        if self._is_steered and not message.get("more_body") and not self._ticket.is_kept:
+        is_decisive = self._start is not None or not message.get("more_body")
+        if self._is_steered and is_decisive and not self._ticket.is_kept:
             what = self._ticket.rotations or self._ticket.header
             raise RuntimeError(
                 f"{self._ticket.path} answered without the steering asked for: {what}"
             )
         if self._put is not None:
-            if not self._told and self._ticket.path == _RESPONSES:
-                self.answer_id = _answer_id(body)
+            if self.named is not None and (found := _ANSWER_ID.search(body)):
+                self.named(found.group(1).decode())
+                self.named = None
             added = self._put(body)
             await self._release(len(added) - len(body))
             message = {**message, "body": added}
@@ -203,7 +216,7 @@ class _Answer:
 
     def _into_events(self, body: bytes) -> bytes:
         """The receipt in the first event, and in those that count the tokens."""
-        if self._told and not any(usage in body for usage in _USAGE):
+        if not self._ticket.rotations or (self._told and not any(u in body for u in _USAGE)):
             return body
         lines = body.split(b"\n")
         for i, line in enumerate(lines):
@@ -220,14 +233,10 @@ def _spliced(text: bytes, at: int, member: bytes) -> bytes:
     return text[: at + 1] + member + comma + rest
 
 
-def _answer_id(body: bytes) -> str | None:
-    found = _ANSWER_ID.search(body)
-    return found.group(1).decode() if found else None
-
-
 def _path(scope: Scope) -> str:
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    root = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _without_steering(receive: Receive, send: Send) -> Receive:
@@ -235,8 +244,10 @@ def _without_steering(receive: Receive, send: Send) -> Receive:
 
     async def checked() -> Message:
         message = await receive()
-        text = message.get("text") if message["type"] == "websocket.receive" else None
-        if text and "steer" in text.casefold() and (key := _asked_of_socket(text)) is not None:
+        text: str = message.get("text") or ""
+        # An escape could spell the word in other ways.
+        may_ask = "steer" in text.casefold() or "\\u" in text
+        if may_ask and (key := _asked_of_socket(text)) is not None:
             reason = f"{key}: this route does not take steering"
             metrics.count_rejection("unsupported_route")
             await send({"type": "websocket.close", "code": 1008, "reason": reason})

@@ -6,6 +6,7 @@ Every reader takes away what it reads: no model of vLLM ever meets a steering fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from steering_server.request.rotation import EXTRA_ARG, RESERVED_PREFIX
 from steering_server.request.words import parse_words
 
 XARGS = "vllm_xargs"
-WRAPPERS = ("extra_body", "extra_args", "sampling_params")
+WRAPPERS = ("extra_body", "extra_args", "extra_headers", "extra_query", "sampling_params")
 """Keys under which clients and proxies send, as JSON, what an SDK would have unpacked."""
 
 _DEPTH = 4
@@ -80,6 +81,16 @@ def take_form(form: dict[str, Any]) -> dict[str, Any]:
     Raises:
         SteeringError: see :func:`take_body`.
     """
+    unpacked: dict[str, Any] = {}
+    for key in [key for key in form if "[" in key]:
+        # As SDKs send an object in a form: vllm_xargs[steering_angle].
+        name, *parts = filter(None, re.split(r"[\[\].]", key))
+        if name not in (XARGS, *WRAPPERS) or not any(map(is_reserved, parts)):
+            continue
+        if name != XARGS or len(parts) != 1:
+            rule = f"nothing reads it there; give it in the form itself or in {XARGS}"
+            raise SteeringError(key, form[key], rule, reason="unknown_field")
+        unpacked[parts[0]] = form.pop(key)
     xargs: Any = None
     if isinstance(text := form.get(XARGS), str):
         try:
@@ -89,6 +100,11 @@ def take_form(form: dict[str, Any]) -> dict[str, Any]:
     if isinstance(xargs, dict):
         form[XARGS] = xargs
     fields = take_body(form)
+    for key, value in unpacked.items():
+        if key in fields:
+            rule = f"given twice, also as {XARGS}[{key}]"
+            raise SteeringError(key, fields[key], rule, reason="conflicting_fields")
+        fields[key] = value
     if XARGS in form and isinstance(xargs, dict):
         form[XARGS] = json.dumps(xargs)
     return {key: _untext(key, value) for key, value in fields.items()}
@@ -131,6 +147,8 @@ def read_header(text: str) -> dict[str, Any]:
         if name not in known:
             raise refused(f"unknown member {name!r}; known are {', '.join(known)}", "unknown_field")
         items = list(member) if isinstance(member, InnerList) else [member]
+        if any(item.params for item in (member, *items)):
+            raise refused(f"member {name!r} has parameters, which say nothing; commas part members")
         columns[name] = [_member(name, item.value) for item in items]
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
@@ -178,10 +196,10 @@ def split_model(
         SteeringError: an id that asks for steering in words that cannot be read, or of a model
             that is not served.
     """
+    if model in presets:  # First: an adapter loaded later may not take the name over.
+        return base, parse_words(presets[model])
     if served(model):
         return model, None
-    if model in presets:
-        return base, parse_words(presets[model])
     cuts = [i for i, sign in enumerate(model) if sign in ":@"]
     for cut in reversed(cuts):
         if served(model[:cut]):
@@ -189,14 +207,14 @@ def split_model(
             if may_be_served and model[cut] == ":" and "@" not in tail and tail not in presets:
                 return model, None
             return model[:cut], _words(model, cut, presets)
-    # A colon and an at sign behind it: nobody else writes so, and a server that is told not to look
-    # at names would answer unsteered.
-    head, colon, tail = model.partition(":")
-    if colon and "@" in tail and _readable(tail):
-        if may_be_served:
-            return head, parse_words(tail)
-        rule = f"asks for steering of {head!r}, which is not served"
-        raise SteeringError("model", model, rule, reason="unknown_model")
+    # Nobody else writes so, and a server that is told not to look at names would answer unsteered.
+    for cut in cuts:
+        head, tail = model[:cut], model[cut + (model[cut] == ":") :]
+        if tail in presets or ("@" in tail and _readable(tail)):
+            if may_be_served:
+                return head, _words(model, cut, presets)
+            rule = f"asks for steering of {head!r}, which is not served"
+            raise SteeringError("model", model, rule, reason="unknown_model")
     return model, None
 
 

@@ -31,6 +31,7 @@ GENERATING = frozenset(
         "/v1/chat/completions",
         "/v1/chat/completions/batch",
         "/v1/completions",
+        "/v1/decisions",
         "/v1/messages",
         "/v1/responses",
         "/v1/systemone",
@@ -38,6 +39,7 @@ GENERATING = frozenset(
 )
 """Routes that ask the engine to generate; on any other, steering is refused."""
 
+RESPONSES = "/v1/responses"
 _SAMPLING_PARAMS = frozenset({"/inference/v1/generate"})
 
 
@@ -91,7 +93,8 @@ class Ticket:
         if not isinstance(body, dict):
             return body
         own = self.path.rstrip("/") in _SAMPLING_PARAMS
-        self._background |= body.get("background") is True
+        if self.path.rstrip("/") == RESPONSES:
+            self._background |= bool(body.get("background"))
         return self._read(body, lambda: carriers.take_body(body, sampling_params=own))
 
     def read_form(self, form: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +115,10 @@ class Ticket:
         except SteeringError as error:
             metrics.count_rejection(error.reason)
             raise
-        # A route may read its body twice; it asks once.
-        if self.rotations is not None:
-            return
-        if not self.generates:
-            self.rotations = ()
-            return
         source, fields = asked
+        # A route may read its body twice, and asks once, unless something was written into it.
+        if not self.generates or (self.rotations is not None and not fields):
+            return
         try:
             self.rotations = self.admission.settle(fields)
         except SteeringError as error:
