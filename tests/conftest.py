@@ -32,6 +32,9 @@ REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
 
 
+# Of the servers that are asked the same on different roads.
+ROADS = ("--enable-scale-out", "--steering-preset", "gloomy=sentiment@180")
+
 # What is shared by tests of several files: they run in one process, whichever of two it is.
 SHARED = {
     **dict.fromkeys(("v1", "plain", "v1_compiled"), "v1"),
@@ -137,9 +140,7 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         log,
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
-        "--enable-scale-out",
-        "--steering-preset",
-        "gloomy=sentiment@180",
+        *ROADS,
         # Else a small model fills its answer with the blanks that JSON allows.
         "--structured-outputs-config",
         '{"backend": "xgrammar", "disable_any_whitespace": true}',
@@ -155,9 +156,7 @@ def bare_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             smollm2,
             {"sentiment": SENTIMENT},
             tmp_path_factory.mktemp("bare-server") / "server.log",
-            "--enable-scale-out",
-            "--steering-preset",
-            "gloomy=sentiment@180",
+            *ROADS,
             road=servers.VLLM_SERVE,
         )
 

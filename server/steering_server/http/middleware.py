@@ -142,7 +142,9 @@ class _Answer:
             await self._send(message)
 
     async def refuse(self, error: SteeringError) -> None:
-        """Answer with a 400, in the shape of the API that was asked, and with nothing else."""
+        """Answer with a 400, once, in the shape of the API that was asked, and nothing else."""
+        if self._is_refused:
+            return
         self._is_refused = True
         response = create_error_response(error)
         if self._ticket.path.startswith("/v1/messages"):

@@ -183,7 +183,7 @@ def split_model(
     """A model id -> the id that vLLM serves, and the steering behind it.
 
     ``model:words`` and ``model@angle`` (see :mod:`.words`), a preset's name, or ``model:preset``.
-    An id that is served as it is stands for itself, whatever it looks like.
+    Any other id that is served as it is stands for itself, whatever it looks like.
 
     Args:
         model: as the request has it.
