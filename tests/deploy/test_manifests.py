@@ -128,7 +128,7 @@ ServeSubcommand.validate = lambda self, args: None
 ServeSubcommand.cmd = staticmethod(found.append)
 for arguments in json.loads(sys.argv[1]):
     serve(arguments)
-wanted = "model_tag port host steering_plane shutdown_timeout".split()
+wanted = "model_tag port host additional_config shutdown_timeout".split()
 parsed = [{k: getattr(args, k) for k in wanted} for args in found]
 sys.stdout.write("\\n" + json.dumps(parsed, default=str))
 """
@@ -146,7 +146,7 @@ sys.stdout.write("\\n" + json.dumps(parsed, default=str))
 @pytest.mark.parametrize("of", ["kubernetes", *SERVERS])
 def test_arguments_are_those_of_steering_serve(parsed: dict[str, dict[str, Any]], of: str) -> None:
     assert parsed[of]["model_tag"] == arguments(of)[0]
-    assert "sentiment" in str(parsed[of]["steering_plane"])
+    assert "sentiment" in parsed[of]["additional_config"]["steering"]["planes"]
     assert str(parsed[of]["port"]) in dockerfile("Dockerfile").all("EXPOSE")
     # All interfaces: a container's loopback is its own.
     assert parsed[of]["host"] is None
