@@ -20,6 +20,7 @@ from steering_server.request import metrics
 from steering_server.request.receipt import NAME, header, member
 from steering_server.request.ticket import CURRENT, GENERATING, RESPONSES, Ticket
 
+_COUNTED = b'"usage":'
 _USAGE = (b'"usage":{', b'"usage": {')
 _DATA = b"data: {"
 FORWARDED = "x-steering"
@@ -129,6 +130,9 @@ class _Answer:
         self.named: Callable[[str], None] | None = None  # Told the id of the answer.
 
     async def send(self, message: Message) -> None:
+        if self._is_through(message):
+            await self._send(message)
+            return
         if self._is_refused:
             return
         if message["type"] == "http.response.start":
@@ -155,6 +159,13 @@ class _Answer:
             content = response
         answer = JSONResponse(content.model_dump(), status_code=HTTPStatus.BAD_REQUEST)
         await answer(self._scope, self._receive, self._send)
+
+    def _is_through(self, message: Message) -> bool:
+        """Whether the message is one of the many that nothing is to be done about."""
+        if not self.has_begun or not self._is_steered:
+            return self.has_begun
+        is_last = not message.get("more_body")
+        return self._told and not is_last and _COUNTED not in message["body"]
 
     async def _begin(self, start: Message) -> None:
         ticket = self._ticket
