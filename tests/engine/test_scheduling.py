@@ -185,7 +185,7 @@ def test_a_refused_request_changes_none_beside_it(speculative_v1: Engine, tiny_l
     """The engine is in the middle of others' tokens when admission refuses one."""
     from vllm import SamplingParams
 
-    from steering_server.engine.admission import SteeringError
+    from steering_server.request.admission import SteeringError
 
     plane = tiny_llama.planes["one"]
     good = [ask(tiny_llama, 30, [Turn(plane, 50.0 * i, "rotate_to")], 12, i) for i in range(4)]

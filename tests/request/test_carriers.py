@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steering_server.engine.admission import SteeringError
+from steering_server.request.admission import SteeringError
 from steering_server.request.carriers import read_header, split_model, take_body, take_form
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from planes import random_plane
 from steering_planes import Plane
-from steering_server.engine.admission import Admission
+from steering_server.request.admission import Admission
 from steering_server.request.carriers import read_header
 from steering_server.request.receipt import header, member, receipt
 from steering_server.request.rotation import Rotation

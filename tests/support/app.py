@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from steering_planes import Plane
 from steering_server.engine import requests
-from steering_server.engine.admission import Admission
+from steering_server.request.admission import Admission
 from steering_server.request.models import ServedModels
 
 TASKS = ("generate", "transcription", "realtime", "render", "embed", "classify", "score")

@@ -134,7 +134,7 @@ FRONT_END = (
     ),
     Patch(
         target="vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state",
-        wrapper="steering_server.request.roads:init_endpoint_plugins_state",
+        wrapper="steering_server.engine.roads:init_endpoint_plugins_state",
         parameters=("engine_client", "state", "args"),
         why="vLLM serves without an endpoint plugin that failed to load; and `vllm run-batch` has "
         "no app to plug into",

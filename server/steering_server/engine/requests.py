@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from steering_server.engine.admission import Admission, SteeringError, steering_fields
 from steering_server.engine.settings import Settings
 from steering_server.request import metrics
+from steering_server.request.admission import Admission, SteeringError, steering_fields
 from steering_server.request.rotation import EXTRA_ARG, Rotation
 from steering_server.request.ticket import CURRENT
 

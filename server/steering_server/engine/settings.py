@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import steering_kernels
 from steering_kernels import Choice, Kernels, choose
 from steering_planes import Plane, Site, open_plane
-from steering_server.engine.admission import Admission, SteeringError
+from steering_server.request.admission import Admission, SteeringError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,1 +1,1 @@
-"""Steering over HTTP: vLLM's own routes with typed fields and a response header."""
+"""Steering over HTTP: what vLLM's app reads, answers and documents of it."""

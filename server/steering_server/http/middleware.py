@@ -15,8 +15,8 @@ from vllm import envs
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from steering_server.engine.admission import SteeringError, is_reserved
 from steering_server.request import metrics
+from steering_server.request.admission import SteeringError, is_reserved
 from steering_server.request.receipt import NAME, header, member
 from steering_server.request.ticket import CURRENT, GENERATING, RESPONSES, Ticket
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from steering_server.engine.admission import MAX_DEGREES
+from steering_server.request.admission import MAX_DEGREES
 from steering_server.request.rotation import Mode, Tokens
 from steering_server.request.ticket import GENERATING
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from vllm.exceptions import VLLMNotFoundError
 
 from steering_planes import Plane
-from steering_server.engine.admission import Admission
+from steering_server.request.admission import Admission
 
 router = APIRouter(prefix="/v1/steering", tags=["steering"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.datastructures import State
 
-from steering_server.engine.admission import Admission
+from steering_server.request.admission import Admission
 from steering_server.request.models import ServedModels
 from steering_server.request.receipt import NAME, receipt
 from steering_server.request.ticket import CURRENT, Ticket

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from steering_server.engine.admission import (
+from steering_server.request.admission import (
     FIELDS,
     SteeringError,
     is_reserved,

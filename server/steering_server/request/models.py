@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from steering_server.engine.admission import SteeringError
+from steering_server.request.admission import SteeringError
 from steering_server.request.carriers import split_model
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from steering_server.engine.admission import (
+from steering_server.request import carriers, metrics
+from steering_server.request.admission import (
     Admission,
     SteeringError,
     parse,
     steering_fields,
 )
-from steering_server.request import carriers, metrics
 from steering_server.request.models import ServedModels
 from steering_server.request.rotation import EXTRA_ARG, Rotation
 

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from planes import random_plane
 from steering_planes import Plane
-from steering_server.engine.admission import Admission, SteeringError
+from steering_server.request.admission import Admission, SteeringError
 from steering_server.request.rotation import Rotation, admitted
 
 
