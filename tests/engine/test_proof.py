@@ -125,13 +125,13 @@ def test_every_site_is_proved_and_nothing_of_it_stays(
         (line,) = log
         said = re.match(
             r"Steering proved at 8 site\(s\) of 3 plane\(s\) in \d+\.\d\d s, in (\d+) forward "
-            r"passes: decode step with 1 token\(s\) a request .*, prefill step with 4 token",
+            r"passes: decode step with 1 token\(s\) a request .*, prefill step with 2 token",
             line,
         )
         assert said is not None, line
         # 12 probes, 7 at a time: both kinds of step, and those of the last requests' end.
         assert int(said[1]) == len([n for n in steps if n]) == (1 + 2 + 1 + 2) + (2 + 1 + 2)
-        assert set(steps) == {8, 32, 0}
+        assert set(steps) == {8, 16, 0}
         assert torch.equal(*states)
 
         core = engine.llm.llm_engine.engine_core.engine_core

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from steering_server.engine.runner import Wiring
 
-LARGE = 32
+LARGE = 16
 """Tokens that a large step has at least, where no CUDA graph says what is large."""
 
 
