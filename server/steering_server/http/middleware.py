@@ -20,8 +20,7 @@ from steering_server.request.admission import SteeringError, is_reserved
 from steering_server.request.receipt import NAME, header, member
 from steering_server.request.ticket import CURRENT, GENERATING, RESPONSES, Ticket
 
-_COUNTED = b'"usage":'
-_USAGE = (b'"usage":{', b'"usage": {')
+_USAGE = re.compile(rb'"usage": ?\{')
 _DATA = b"data: {"
 FORWARDED = "x-steering"
 """The request header's other name: many proxies forward what begins with x- and nothing else."""
@@ -164,8 +163,9 @@ class _Answer:
         """Whether the message is one of the many that nothing is to be done about."""
         if not self.has_begun or not self._is_steered:
             return self.has_begun
-        is_last = not message.get("more_body")
-        return self._told and not is_last and _COUNTED not in message["body"]
+        if not self._told or self.named is not None or not message.get("more_body"):
+            return False
+        return _USAGE.search(message.get("body", b"")) is None
 
     async def _begin(self, start: Message) -> None:
         ticket = self._ticket
@@ -229,11 +229,11 @@ class _Answer:
 
     def _into_events(self, body: bytes) -> bytes:
         """The receipt in the first event, and in those that count the tokens."""
-        if not self._ticket.rotations or (self._told and not any(u in body for u in _USAGE)):
+        if not self._ticket.rotations or (self._told and not _USAGE.search(body)):
             return body
         lines = body.split(b"\n")
         for i, line in enumerate(lines):
-            if line.startswith(_DATA) and (not self._told or any(u in line for u in _USAGE)):
+            if line.startswith(_DATA) and (not self._told or _USAGE.search(line)):
                 lines[i] = _spliced(line, len(_DATA) - 1, self._member())
                 self._told = True
         return b"\n".join(lines)
