@@ -32,13 +32,16 @@ def streamed(
         for part in parts:
             await send({"type": "http.response.body", **part})
 
+    async def receive() -> Any:
+        raise AssertionError("the route reads no body")
+
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
             sent.append(message.get("body", b""))
 
-    scope = {
+    scope: dict[str, Any] = {
         "type": "http",
         "method": "POST",
         "path": "/v1/completions",
@@ -46,7 +49,7 @@ def streamed(
         "headers": [],
         "app": SimpleNamespace(state=SimpleNamespace(steering=admission, steering_models=None)),
     }
-    asyncio.run(SteeringMiddleware(route)(scope, lambda: None, send))  # type: ignore[arg-type]
+    asyncio.run(SteeringMiddleware(route)(scope, receive, send))
     return sent
 
 
