@@ -188,6 +188,12 @@ def test_it_writes_an_artifact_a_card_and_a_report(
     assert config.extraction.data.startswith("mood.json sha256:")
     assert config.extraction.chat_template_sha256
     assert all(0 <= of["auroc"] <= 1 for of in config.statistics.values())
+    assert config.format_version == 2
+    assert plane.means is not None
+    for site, of in plane.means.items():
+        # b1 is the site's own direction, on which the classes lie at their full distance.
+        assert of.positive[0] - of.negative[0] == pytest.approx(of.rho, rel=1e-4)
+        assert of.rho == pytest.approx(config.statistics[str(site)]["difference_norm"], rel=1e-6)
     assert ", ".join(map(str, plane.sites)) in said
     card = (output / "README.md").read_text()
     # As it was typed, but for the file that nobody else has.

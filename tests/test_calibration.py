@@ -34,7 +34,7 @@ Sides = tuple[dict[Key, Array], dict[Key, Array]]
 
 
 def agree(found: Calibration, truth: Found, cosine: float) -> None:
-    """Every candidate and basis vector, and the sites."""
+    """Every candidate and basis vector, the sites, and the classes' means at them."""
     candidates = {(site.layer, site.role): c.numpy() for site, c in found.candidates.items()}
     bases = {(site.layer, site.role): b.double().numpy() for site, b in found.bases.items()}
     assert candidates.keys() == truth.candidates.keys()
@@ -43,6 +43,11 @@ def agree(found: Calibration, truth: Found, cosine: float) -> None:
         assert abs(candidate @ truth.candidates[key]) >= cosine, key
     for key, basis in bases.items():
         assert np.abs((basis * truth.bases[key]).sum(1)).min() >= cosine, key
+    for site, of in found.means.items():
+        key = (site.layer, site.role)
+        off = 1e-3 * truth.rho[key]
+        assert np.abs(np.array([of.positive, of.negative]) - truth.means[key]).max() <= off, key
+        assert of.rho == pytest.approx(truth.rho[key], abs=off), key
 
 
 def in_order(measured: Calibrated, truth: Sides) -> None:

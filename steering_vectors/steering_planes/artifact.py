@@ -1,24 +1,37 @@
 """The plane artifact: a folder with steering_config.json and steering_plane.safetensors.
 
     steering_config.json        PlaneConfig
-    steering_plane.safetensors  layers.<i>.<role>.basis, [2, hidden] float32, one per site; the
-                                header's metadata repeats format_version, base model and digest
+    steering_plane.safetensors  float32; for each site
+                                    layers.<i>.<role>.basis  [2, hidden]: b1, b2
+                                    layers.<i>.<role>.means  [2, 2]: the positive class's mean
+                                        activation, then the negative one's; columns c1, c2
+                                    layers.<i>.<role>.rho    [1]: the distance of those means
+                                the header's metadata repeats format_version, base model and digest
     README.md                   a model card, not read back
+
+Means and rho are of raw activations, not of unit-normalised ones, so that METHOD.md 2b's operations
+can be said in classes: add moves by s * rho, cap holds a coordinate to a place between the classes'
+means. Format version 1 has bases only, and such a plane takes no add and no cap; everything else
+about it is as in version 2.
+
+The digest is SHA-256 over the canonical config (JSON: sorted keys, no spaces), then, site after
+site, over basis, means and rho: a newline, the tensor's name, a newline, its bytes, little-endian.
 
 Nothing here unpickles.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,7 +42,7 @@ from torch import Tensor
 from steering_planes.geometry import orthonormality_error
 from steering_planes.sites import Site
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 2
 CONFIG_FILE = "steering_config.json"
 TENSORS_FILE = "steering_plane.safetensors"
 ANGLE_CONVENTION = "degrees; 0 points along b1 (the positive class), growing from b1 toward b2"
@@ -37,6 +50,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ORTHONORMALITY = 1e-5
 
 Mode = Literal["rotate_by", "rotate_to"]
+Part = Literal["basis", "means", "rho"]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -74,10 +88,10 @@ class PlaneConfig(_Model):
 
     `sites` are the selected ones, kept sorted. `default_angle` is in degrees, None for no default.
     `gate` steers only tokens with c1 > gate, None for all. `statistics` maps a site's name
-    ("18.attn_in"), selected or not, to named numbers.
+    ("18.attn_in"), selected or not, to named numbers. `format_version` 1 has no class means.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = FORMAT_VERSION
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     base_model_name_or_path: Text
     revision: Text | None = None
@@ -107,26 +121,55 @@ class PlaneConfig(_Model):
         return self
 
 
-def tensor_name(site: Site) -> str:
-    """The site's key in the safetensors file, `layers.18.attn_in.basis`."""
-    return f"layers.{site.layer}.{site.role}.basis"
+def tensor_name(site: Site, part: Part = "basis") -> str:
+    """A key of the site's in the safetensors file, `layers.18.attn_in.basis`."""
+    return f"layers.{site.layer}.{site.role}.{part}"
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Where the two classes lie in a site's plane, in the activations' own units.
+
+    positive: (c1, c2) of the positive class's raw mean activation, mean(x_pos) @ b1 and @ b2.
+    negative: the negative class's.
+    rho: |mean(x_pos) - mean(x_neg)| > 0, of the whole activations.
+
+    All are rounded to float32 when made, so that a file gives back what it was given.
+    """
+
+    positive: tuple[float, float]
+    negative: tuple[float, float]
+    rho: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positive", _rounded(*self.positive))
+        object.__setattr__(self, "negative", _rounded(*self.negative))
+        object.__setattr__(self, "rho", *_rounded(self.rho))
 
 
 @dataclass(frozen=True, eq=False)
 class Plane:
     """A named steering plane: its config and an orthonormal basis [2, hidden] float32 per site.
 
+    `means` are the classes' at each site; None exactly for format version 1.
+
     Raises PlaneError if the bases don't fit the config, aren't finite or are off from orthonormal
-    by more than 1e-5. Two planes are the same plane if their digests are equal.
+    by more than 1e-5, or if the means don't fit the config, aren't finite or have a rho of 0 or
+    less. Two planes are the same plane if their digests are equal.
     """
 
     config: PlaneConfig
     bases: Mapping[Site, Tensor]
+    means: Mapping[Site, ClassMeans] | None = None
 
     def __post_init__(self) -> None:
         _check_bases(self.config, self.bases)
+        _check_means(self.config, self.means)
         bases = {site: self.bases[site].detach().cpu().clone() for site in self.config.sites}
         object.__setattr__(self, "bases", MappingProxyType(bases))
+        if self.means is not None:
+            means = {site: self.means[site] for site in self.config.sites}
+            object.__setattr__(self, "means", MappingProxyType(means))
 
     @property
     def name(self) -> str:
@@ -137,17 +180,24 @@ class Plane:
         """The selected sites, sorted."""
         return self.config.sites
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The operations that requests may ask of it: METHOD.md 2 and 2b."""
+        if self.means is None:
+            return ("rotate_by", "rotate_to", "ablate")
+        return ("rotate_by", "rotate_to", "add", "ablate", "cap")
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256, 64 hex digits, over the canonical config and the tensors' bytes."""
+        """SHA-256, 64 hex digits, over the canonical config and the tensors' bytes in order."""
         sha = hashlib.sha256(
             json.dumps(
                 self.config.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
             ).encode()
         )
-        for site in self.sites:
-            sha.update(f"\n{tensor_name(site)}\n".encode())
-            sha.update(self.bases[site].numpy().astype("<f4").tobytes())
+        for name, tensor in self._tensors().items():
+            sha.update(f"\n{name}\n".encode())
+            sha.update(tensor.numpy().astype("<f4").tobytes())
         return sha.hexdigest()
 
     @classmethod
@@ -158,13 +208,15 @@ class Plane:
         config = _read_config(path / CONFIG_FILE)
         file = path / TENSORS_FILE
         tensors, metadata = _read_tensors(file)
-        expected = {tensor_name(site): site for site in config.sites}
-        for name in sorted(expected.keys() - tensors.keys()):
+        expected = {tensor_name(site, part) for site in config.sites for part in _parts(config)}
+        for name in sorted(expected - tensors.keys()):
             raise PlaneError(file, "tensor", name, f"is missing; {CONFIG_FILE} lists its site")
-        for name in sorted(tensors.keys() - expected.keys()):
-            raise PlaneError(file, "tensor", name, f"belongs to no site in {CONFIG_FILE}")
+        for name in sorted(tensors.keys() - expected):
+            rule = f"belongs to no site in {CONFIG_FILE}, format_version {config.format_version}"
+            raise PlaneError(file, "tensor", name, rule)
         try:
-            plane = cls(config, {site: tensors[name] for name, site in expected.items()})
+            bases = {site: tensors[tensor_name(site)] for site in config.sites}
+            plane = cls(config, bases, _means(config, tensors))
         except PlaneError as error:
             raise PlaneError(file, error.field, error.value, error.rule) from None
         for key, value in plane._metadata().items():
@@ -196,7 +248,7 @@ class Plane:
             new.mkdir()  # unlike the temporary folder itself, with the umask's permissions
             (new / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", "utf-8")
             save_file(
-                {tensor_name(site): basis for site, basis in self.bases.items()},
+                self._tensors(),
                 new / TENSORS_FILE,
                 metadata=self._metadata(),
             )
@@ -259,6 +311,17 @@ class Plane:
                 f"must be {base!r}, the plane's base model, unless a mismatch is allowed",
             )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the safetensors file holds, in the digest's order."""
+        tensors = {}
+        for site, basis in self.bases.items():
+            tensors[tensor_name(site)] = basis
+            if self.means is not None:
+                of = self.means[site]
+                tensors[tensor_name(site, "means")] = _float32([of.positive, of.negative])
+                tensors[tensor_name(site, "rho")] = _float32([of.rho])
+        return tensors
+
     def _metadata(self) -> dict[str, str]:
         return {
             "format_version": str(self.config.format_version),
@@ -293,7 +356,7 @@ def _read_config(file: Path) -> PlaneConfig:
     except OSError as error:
         raise PlaneError(file, "file", file.name, error.strerror or "can't be read") from None
     try:
-        return PlaneConfig.model_validate_json(text)
+        config = PlaneConfig.model_validate_json(text)
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         field = ".".join(map(str, first["loc"])) or "config"
@@ -304,6 +367,9 @@ def _read_config(file: Path) -> PlaneConfig:
             value = value.get("name")
         more = f" (and {len(others)} more)" if others else ""
         raise PlaneError(file, field, value, first["msg"] + more) from None
+    # A file that names no version is of the first: only in Python is the newest the default.
+    unsaid = "format_version" not in config.model_fields_set
+    return config.model_copy(update={"format_version": 1}) if unsaid else config
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -330,11 +396,7 @@ def _check_bases(config: PlaneConfig, bases: Mapping[Site, Tensor]) -> None:
         )
     for site in config.sites:
         field, basis = tensor_name(site), bases[site]
-        if basis.dtype != torch.float32:
-            raise PlaneError(where, f"{field}.dtype", basis.dtype, "must be torch.float32")
-        if basis.shape != (2, config.hidden_size):
-            rule = f"must be [2, {config.hidden_size}], two rows of hidden_size"
-            raise PlaneError(where, f"{field}.shape", list(basis.shape), rule)
+        _check_tensor(where, field, basis, (2, config.hidden_size))
         if not bool(basis.isfinite().all()):
             bad = basis[~basis.isfinite()][0].item()
             raise PlaneError(where, field, bad, "must be finite")
@@ -342,6 +404,65 @@ def _check_bases(config: PlaneConfig, bases: Mapping[Site, Tensor]) -> None:
         if off > ORTHONORMALITY:
             rule = f"must be orthonormal: max |B B^T - I| is at most {ORTHONORMALITY:g}"
             raise PlaneError(where, field, f"{off:.1e}", rule)
+
+
+def _check_tensor(where: str, field: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32:
+        raise PlaneError(where, f"{field}.dtype", tensor.dtype, "must be torch.float32")
+    if tensor.shape != shape:
+        raise PlaneError(where, f"{field}.shape", list(tensor.shape), f"must be {list(shape)}")
+
+
+def _parts(config: PlaneConfig) -> tuple[Part, ...]:
+    """What a site has in the safetensors file."""
+    return ("basis",) if config.format_version == 1 else ("basis", "means", "rho")
+
+
+def _means(config: PlaneConfig, tensors: Mapping[str, Tensor]) -> dict[Site, ClassMeans] | None:
+    """The class means among a file's tensors, of which none is missing."""
+    if config.format_version == 1:
+        return None
+    where, found = f"plane {config.name}", {}
+    for site in config.sites:
+        means, rho = tensor_name(site, "means"), tensor_name(site, "rho")
+        _check_tensor(where, means, tensors[means], (2, 2))
+        _check_tensor(where, rho, tensors[rho], (1,))
+        positive, negative = map(tuple, tensors[means].tolist())
+        found[site] = ClassMeans(positive, negative, tensors[rho].item())
+    return found
+
+
+def _check_means(config: PlaneConfig, means: Mapping[Site, ClassMeans] | None) -> None:
+    where = f"plane {config.name}"
+    if config.format_version == 1:
+        if means is not None:
+            given = ", ".join(map(str, sorted(means)))
+            raise PlaneError(where, "means", given, "must be None: format_version 1 holds none")
+        return
+    if means is None or means.keys() != set(config.sites):
+        raise PlaneError(
+            where,
+            "means",
+            None if means is None else ", ".join(map(str, sorted(means))),
+            f"must be class means for each of {', '.join(map(str, config.sites))}",
+        )
+    for site, of in means.items():
+        for value in (*of.positive, *of.negative):
+            if not math.isfinite(value):
+                raise PlaneError(where, tensor_name(site, "means"), value, "must be finite")
+        if not 0 < of.rho < math.inf:
+            rule = "must be finite and above 0: the distance of the classes' means"
+            raise PlaneError(where, tensor_name(site, "rho"), of.rho, rule)
+
+
+def _rounded(*values: float) -> tuple[float, ...]:
+    """The values as float32 holds them; one beyond its range is infinite."""
+    return tuple(_float32(values).tolist())
+
+
+def _float32(values: Sequence[Any]) -> Tensor:
+    """On the CPU, whatever torch's defaults are: a model that is being loaded sets others."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _short(value: Any) -> str:

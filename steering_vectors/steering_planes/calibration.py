@@ -1,7 +1,8 @@
 """From activations of two contrast sets to a plane and the sites it discriminates at.
 
 METHOD.md section 3. "SS" is Selective Steering (arXiv 2601.19375), "AS" Angular Steering (arXiv
-2510.26243). Everything is computed in float64; a basis is rounded to float32 once, at the end.
+2510.26243). Everything is computed in float64; a basis is rounded to float32 once, at the end, and
+the class means are those on the rounded one.
 """
 
 import math
@@ -14,7 +15,14 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from steering_planes.artifact import ANGLE_CONVENTION, Extraction, Mode, Plane, PlaneConfig
+from steering_planes.artifact import (
+    ANGLE_CONVENTION,
+    ClassMeans,
+    Extraction,
+    Mode,
+    Plane,
+    PlaneConfig,
+)
 from steering_planes.geometry import orthonormalise
 from steering_planes.sites import Site
 
@@ -83,6 +91,7 @@ class Calibration:
     """A calibrated plane before it has a name.
 
     bases: [2, d] float32 for every selected site, sorted.
+    means: where the classes' raw means lie on these bases, and how far apart.
     statistics: every site that was measured and not dropped.
     feature_site: where the feature direction comes from.
     dropped: sites whose class means don't differ.
@@ -92,6 +101,7 @@ class Calibration:
     """
 
     bases: Mapping[Site, Tensor]
+    means: Mapping[Site, ClassMeans]
     statistics: Mapping[Site, SiteStatistics]
     feature_site: Site
     dropped: tuple[Site, ...]
@@ -145,7 +155,7 @@ class Calibration:
                 for site, of in self.statistics.items()
             },
         )
-        return Plane(config, self.bases)
+        return Plane(config, self.bases, self.means)
 
 
 def calibrate(
@@ -181,8 +191,13 @@ def calibrate(
     c2 = sum(float(projections(negative[site], bases[site][1]).mean()) for site in selected)
     if c2 < 0:
         bases = {site: _orthogonal(b1[site], -pc1) for site in selected}
+    rounded = {site: basis.float() for site, basis in bases.items()}
     return Calibration(
-        bases={site: basis.float() for site, basis in bases.items()},
+        bases=rounded,
+        means={
+            site: _class_means(positive[site], negative[site], basis)
+            for site, basis in rounded.items()
+        },
         statistics=statistics,
         feature_site=feature_site,
         dropped=dropped,
@@ -385,6 +400,12 @@ def _statistics(
         stderr_negative=float(q.std()) / math.sqrt(len(q)),
         difference_norm=float(difference.norm()),
     )
+
+
+def _class_means(positive: Tensor, negative: Tensor, basis: Tensor) -> ClassMeans:
+    means = torch.stack((positive.double().mean(0), negative.double().mean(0)))  # [2, d]
+    (p1, p2), (n1, n2) = (means @ basis.double().T).tolist()
+    return ClassMeans((p1, p2), (n1, n2), rho=float((means[0] - means[1]).norm()))
 
 
 def _orthogonal(b1: Tensor, pc1: Tensor) -> Tensor:

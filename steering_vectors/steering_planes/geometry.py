@@ -1,10 +1,11 @@
-"""Bases, angles and rotations in double precision: the truth that every kernel is held to.
+"""Bases, angles and operations in double precision: the truth that every kernel is held to.
 
 Degrees outside, radians inside. A basis is a tensor [2, d] with rows b1, b2; for an activation h
 the plane's coordinates are c1 = h.b1 and c2 = h.b2, and r = sqrt(c1^2 + c2^2).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -95,6 +96,61 @@ def rotate_to(h: Tensor, basis: Tensor, degrees: float, gate: float | None = Non
     r = torch.hypot(c1, c2)
     out = x + (r * cos - c1) * b1 + (r * sin - c2) * b2
     return _gated(x, out, c1, gate)
+
+
+def add(
+    h: Tensor, basis: Tensor, degrees: float, distance: float, gate: float | None = None
+) -> Tensor:
+    """Move activations [..., d] by a distance along u, the direction at an angle; float64.
+
+    c' = c + distance u: activation addition (Turner et al., arXiv 2308.10248; CAA, Rimsky et al.,
+    arXiv 2312.06681). `distance` is in the activations' own units. With a gate only rows with
+    c1 > gate change.
+    """
+    return _along(h, basis, degrees, lambda a: a + distance, gate)
+
+
+def ablate(
+    h: Tensor, basis: Tensor, degrees: float, share: float = 1.0, gate: float | None = None
+) -> Tensor:
+    """Take a share of what activations [..., d] have along u, the direction at an angle; float64.
+
+    c' = c - share (c.u) u: directional ablation (Arditi et al., arXiv 2406.11717). With a gate only
+    rows with c1 > gate change.
+    """
+    return _along(h, basis, degrees, lambda a: a - share * a, gate)
+
+
+def cap(
+    h: Tensor, basis: Tensor, degrees: float, limit: float, gate: float | None = None
+) -> Tensor:
+    """Hold activations [..., d] to a limit along u, the direction at an angle; returns float64.
+
+    c' = c - max(c.u - limit, 0) u: activation capping (Lu et al., arXiv 2601.10387). The angle
+    + 180 with the limit's negative is a floor. With a gate only rows with c1 > gate change.
+    """
+    return _along(h, basis, degrees, lambda a: a.clamp(max=limit), gate)
+
+
+def keep_norm(h: Tensor, out: Tensor) -> Tensor:
+    """`out` [..., d] scaled to the lengths of `h`, float64; a row of zeros stays."""
+    wanted = h.to(torch.float64).norm(dim=-1, keepdim=True)
+    length = out.norm(dim=-1, keepdim=True)
+    return out * torch.where(length > 0, wanted / length, 1.0)
+
+
+def _along(
+    h: Tensor,
+    basis: Tensor,
+    degrees: float,
+    change: Callable[[Tensor], Tensor],
+    gate: float | None,
+) -> Tensor:
+    """`change` applied to the coordinate along u; what is across it stays."""
+    x, b1, b2, c1, c2 = _coordinates(h, basis)
+    cos, sin = cos_sin(degrees)
+    along = cos * c1 + sin * c2
+    return _gated(x, x + (change(along) - along) * (cos * b1 + sin * b2), c1, gate)
 
 
 def _coordinates(h: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,9 @@
     *.gguf                    llama.cpp's and repeng's control vectors: one direction a layer; two
                               files give the two axes
 
-Published bases are rounded to bfloat16; they are made orthonormal again in float64.
+Published bases are rounded to bfloat16; they are made orthonormal again in float64. None of these
+files holds the classes' raw means, so what comes of them are planes of format version 1: requests
+may not ask them for add or cap.
 """
 
 from __future__ import annotations
@@ -99,6 +101,7 @@ def import_plane(
         raise PlaneError(sources[0], "model_type", None, f"that of {base} is not known: name it")
     try:
         config = PlaneConfig(
+            format_version=1,
             name=name,
             base_model_name_or_path=base,
             model_type=kind,

@@ -98,8 +98,42 @@ def test_inspect_says_what_a_plane_is(
         "HuggingFaceTB/SmolLM2-135M-Instruct (llama, 30 layers, hidden size 576)",
         "2 sites in 2 layers: 3.mlp_in 20.attn_in",
         "yes: finite, orthonormal to",
+        "rotate_by, rotate_to, add, ablate, cap",
     ):
         assert word in said
+    assert "class means" not in said
+
+
+def test_inspect_says_why_a_plane_takes_fewer_operations(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = random_plane(tmp_path / "mood", ["3.mlp_in"], format_version=1)
+    status, said = steering("inspect", path)
+    assert status == 0
+    why = "made without class means; calibrate it again for add and cap"
+    assert f"rotate_by, rotate_to, ablate ({why})" in said
+    assert "rho" not in said
+
+
+def test_inspect_gives_each_sites_numbers(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """rho of the sites that are steered, beside the statistics of all that were measured."""
+    statistics = {"2.mlp_in": {"auroc": 0.5}, "3.mlp_in": {"auroc": 0.875}}
+    path = random_plane(tmp_path / "mood", ["3.mlp_in", "20.attn_in"], statistics=statistics)
+    means = Plane.load(path).means
+    assert means is not None
+    status, said = steering("inspect", path)
+    assert status == 0
+    rows = [line.replace("│", " ").replace("┃", " ").split() for line in said.splitlines()]
+    first, second = (f"{means[Site.parse(s)].rho:.4f}" for s in ("3.mlp_in", "20.attn_in"))
+    for row in (
+        ["site", "steered", "auroc", "rho"],
+        ["2.mlp_in", "0.5000"],
+        ["3.mlp_in", "yes", "0.8750", first],
+        ["20.attn_in", "yes", second],
+    ):
+        assert row in rows
 
 
 def test_inspect_knows_the_bundled_planes(steering: Callable[..., tuple[int, str]]) -> None:

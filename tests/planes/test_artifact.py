@@ -1,16 +1,22 @@
 """steering_planes.artifact: a plane survives its files, and bad files are refused by name."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +24,7 @@ from planes import random_plane
 from steering_planes.artifact import (
     CONFIG_FILE,
     TENSORS_FILE,
+    ClassMeans,
     Extraction,
     Plane,
     PlaneConfig,
@@ -28,6 +35,12 @@ from steering_planes.sites import Site
 
 HIDDEN = 8
 SITES = (Site(1, "attn_in"), Site(1, "mlp_in"))
+MEANS = {
+    SITES[0]: ClassMeans((1.5, 0.25), (-0.5, 0.75), 2.5),
+    SITES[1]: ClassMeans((0.1, -0.2), (-0.3, 0.4), 0.5),
+}
+VERSION_1 = Path(__file__).parent / "version_1"
+"""A plane as it was written before there were class means."""
 
 
 def config(**changes: Any) -> PlaneConfig:
@@ -52,7 +65,7 @@ def basis(seed: int = 0) -> Tensor:
 
 def plane(**changes: Any) -> Plane:
     built = config(**changes)
-    return Plane(built, {site: basis(seed) for seed, site in enumerate(built.sites)})
+    return Plane(built, {site: basis(seed) for seed, site in enumerate(built.sites)}, MEANS)
 
 
 @pytest.fixture
@@ -96,6 +109,77 @@ def test_a_plane_comes_back_as_it_was(folder: Path) -> None:
     assert after.sites == SITES
     for site in SITES:
         assert torch.equal(after.bases[site], before.bases[site])
+    assert after.means == before.means == MEANS
+    assert after.modes == ("rotate_by", "rotate_to", "add", "ablate", "cap")
+
+
+def test_the_tensors_are_named_as_documented(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS_FILE)
+    assert tensors.keys() == {
+        f"layers.1.{role}.{part}"
+        for role in ("attn_in", "mlp_in")
+        for part in ("basis", "means", "rho")
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert tensors["layers.1.attn_in.means"].tolist() == [[1.5, 0.25], [-0.5, 0.75]]
+    assert tensors["layers.1.attn_in.rho"].tolist() == [2.5]
+
+
+finite = st.floats(-1e30, 1e30)
+
+
+@given(*[finite] * 4, st.floats(1e-30, 1e30))
+def test_any_means_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, c1: float, c2: float, d1: float, d2: float, rho: float
+) -> None:
+    means = ClassMeans((c1, c2), (d1, d2), rho)
+    before = Plane(config(), {site: basis() for site in SITES}, dict.fromkeys(SITES, means))
+    folder = tmp_path_factory.mktemp("any") / "mood"
+    before.save(folder)
+    after = Plane.load(folder)
+    assert after.means == dict.fromkeys(SITES, means)
+    assert after.digest == before.digest
+    # Rounded when made, to the nearest, and not again.
+    held = np.array([*means.positive, *means.negative, means.rho])
+    assert np.array_equal(held, np.array([c1, c2, d1, d2, rho], np.float32))
+
+
+def test_torchs_defaults_do_not_matter() -> None:
+    """A model that is being loaded sets others."""
+    digest, again = plane().digest, plane()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert ClassMeans((0.1, -0.2), (-0.3, 0.4), 0.5) == MEANS[SITES[1]]
+            assert again.digest == digest
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_plane_of_version_1_is_what_it_was(tmp_path: Path) -> None:
+    loaded = Plane.load(VERSION_1)
+    assert loaded.config.format_version == 1
+    assert loaded.means is None
+    assert loaded.modes == ("rotate_by", "rotate_to", "ablate")
+    digest = "0de741c68262673c44785c5377bd96f700b25fdb5a5a57adc8300cf73321106d"
+    assert loaded.digest == digest
+    loaded.save(tmp_path / "mood")
+    again = tmp_path / "mood"
+    assert (again / CONFIG_FILE).read_bytes() == (VERSION_1 / CONFIG_FILE).read_bytes()
+    # Tensor by tensor: safetensors writes its metadata in any order.
+    old, new = (load_file(path / TENSORS_FILE) for path in (VERSION_1, again))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    with safe_open(again / TENSORS_FILE, "pt") as opened:
+        assert opened.metadata()["format_version"] == "1"
+        assert opened.metadata()["digest"] == digest
+
+
+def test_a_file_that_names_no_version_is_of_the_first(tmp_path: Path) -> None:
+    copied = tmp_path / "mood"
+    shutil.copytree(VERSION_1, copied)
+    edit_config(copied, lambda data: data.pop("format_version"))
+    assert Plane.load(copied).digest == Plane.load(VERSION_1).digest
 
 
 def test_the_digest_is_hex_and_knows_every_part() -> None:
@@ -107,7 +191,13 @@ def test_the_digest_is_hex_and_knows_every_part() -> None:
         plane(default_angle=10.0),
         plane(gate=0.0),
         plane(statistics={}),
-        Plane(config(), {SITES[0]: basis(1), SITES[1]: basis(0)}),
+        Plane(config(), {SITES[0]: basis(1), SITES[1]: basis(0)}, MEANS),
+        Plane(config(), plane().bases, {SITES[0]: MEANS[SITES[1]], SITES[1]: MEANS[SITES[0]]}),
+        *(
+            Plane(config(), plane().bases, MEANS | {SITES[0]: replace(MEANS[SITES[0]], **change)})
+            for change in ({"positive": (1.5, 0.5)}, {"negative": (0.0, 0.75)}, {"rho": 2.75})
+        ),
+        Plane(config(format_version=1), plane().bases),
     ]
     assert len({digest, *(other.digest for other in others)}) == len(others) + 1
 
@@ -120,7 +210,11 @@ def test_the_digest_ignores_order_and_layout(folder: Path) -> None:
 
     edit_config(folder, reorder)
     assert Plane.load(folder).digest == plane().digest
-    reordered = Plane(config(sites=SITES[::-1]), dict(reversed(plane().bases.items())))
+    reordered = Plane(
+        config(sites=SITES[::-1]),
+        dict(reversed(plane().bases.items())),
+        dict(reversed(MEANS.items())),
+    )
     assert reordered.digest == plane().digest
 
 
@@ -128,6 +222,8 @@ def test_a_loaded_plane_can_not_be_changed(folder: Path) -> None:
     loaded = Plane.load(folder)
     with pytest.raises(TypeError):
         loaded.bases[SITES[0]] = basis(5)  # type: ignore[index]
+    with pytest.raises(TypeError):
+        loaded.means[SITES[0]] = MEANS[SITES[1]]  # type: ignore[index]
     with pytest.raises(ValidationError):
         loaded.config.name = "other"
 
@@ -191,7 +287,8 @@ def test_config_that_is_no_json_object(folder: Path, text: bytes) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "field"),
     [
-        ("format_version", 2, "format_version"),
+        ("format_version", 3, "format_version"),
+        ("format_version", "2", "format_version"),
         ("name", "../etc", "name"),
         ("name", "", "name"),
         ("name", "a" * 65, "name"),
@@ -267,11 +364,60 @@ def test_a_wrong_basis_is_named(folder: Path, tensor: Tensor, field: str, rule: 
     assert rule in error.rule
 
 
-def test_missing_and_extra_tensors(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.update({"layers.2.attn_in.basis": basis()}))
-    assert refusal(folder).value == "layers.2.attn_in.basis"
-    edit_tensors(folder, lambda tensors: (tensors.pop(FIRST), tensors.popitem()))
-    assert refusal(folder).value == FIRST
+MEANS_FIRST, RHO_FIRST = "layers.1.attn_in.means", "layers.1.attn_in.rho"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "field", "rule"),
+    [
+        (MEANS_FIRST, torch.zeros(2, 3), f"{MEANS_FIRST}.shape", "[2, 2]"),
+        (MEANS_FIRST, torch.zeros(4), f"{MEANS_FIRST}.shape", "[2, 2]"),
+        (MEANS_FIRST, torch.zeros(2, 2).double(), f"{MEANS_FIRST}.dtype", "float32"),
+        (MEANS_FIRST, torch.tensor([[0, NAN], [0, 0]]), MEANS_FIRST, "finite"),
+        (MEANS_FIRST, torch.tensor([[0, 0], [-INF, 0]]), MEANS_FIRST, "finite"),
+        (RHO_FIRST, torch.tensor(1.0), f"{RHO_FIRST}.shape", "[1]"),
+        (RHO_FIRST, torch.ones(2), f"{RHO_FIRST}.shape", "[1]"),
+        (RHO_FIRST, torch.ones(1).half(), f"{RHO_FIRST}.dtype", "float32"),
+        (RHO_FIRST, torch.tensor([0.0]), RHO_FIRST, "above 0"),
+        (RHO_FIRST, torch.tensor([-1.0]), RHO_FIRST, "above 0"),
+        (RHO_FIRST, torch.tensor([NAN]), RHO_FIRST, "finite"),
+        (RHO_FIRST, torch.tensor([INF]), RHO_FIRST, "finite"),
+    ],
+)
+def test_wrong_class_means_are_named(
+    folder: Path, name: str, tensor: Tensor, field: str, rule: str
+) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+    error = refusal(folder)
+    assert error.field == field
+    assert rule in error.rule
+    assert TENSORS_FILE in str(error)
+
+
+@pytest.mark.parametrize("name", [FIRST, MEANS_FIRST, RHO_FIRST])
+def test_missing_and_extra_tensors(folder: Path, name: str) -> None:
+    extra = name.replace("layers.1", "layers.2")
+    edit_tensors(folder, lambda tensors: tensors.update({extra: tensors[name].clone()}))
+    error = refusal(folder)
+    assert (error.field, error.value) == ("tensor", extra)
+    edit_tensors(folder, lambda tensors: (tensors.pop(extra), tensors.pop(name)))
+    error = refusal(folder)
+    assert (error.field, error.value) == ("tensor", name)
+    assert "missing" in error.rule
+
+
+def test_the_tensors_of_the_other_version_are_noticed(folder: Path) -> None:
+    edit_config(folder, lambda data: data.update(format_version=1))
+    error = refusal(folder)
+    assert error.value == MEANS_FIRST
+    assert "format_version 1" in error.rule
+    edit_config(folder, lambda data: data.update(format_version=2))
+    edit_tensors(
+        folder,
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if "basis" not in name],
+    )
+    assert refusal(folder).value == MEANS_FIRST
 
 
 @pytest.mark.parametrize("key", ["format_version", "base_model_name_or_path", "digest"])
@@ -285,7 +431,7 @@ def test_metadata_must_agree_with_the_config(folder: Path, key: str) -> None:
 
 
 def test_tensors_of_another_plane_are_noticed(folder: Path, tmp_path: Path) -> None:
-    Plane(config(), {site: basis(9) for site in SITES}).save(tmp_path / "other")
+    Plane(config(), {site: basis(9) for site in SITES}, MEANS).save(tmp_path / "other")
     (tmp_path / "other" / CONFIG_FILE).replace(folder / CONFIG_FILE)
     edit_config(folder, lambda data: data.update(default_angle=3))
     assert refusal(folder).field == "metadata.digest"
@@ -293,9 +439,41 @@ def test_tensors_of_another_plane_are_noticed(folder: Path, tmp_path: Path) -> N
 
 def test_a_plane_in_memory_is_checked_too() -> None:
     with pytest.raises(PlaneError, match="orthonormal"):
-        Plane(config(), {site: 2 * basis() for site in SITES})
+        Plane(config(), {site: 2 * basis() for site in SITES}, MEANS)
     with pytest.raises(PlaneError, match=r"1\.attn_in, 1\.mlp_in"):
-        Plane(config(), {SITES[0]: basis()})
+        Plane(config(), {SITES[0]: basis()}, MEANS)
+
+
+@pytest.mark.parametrize(
+    ("version", "means", "message"),
+    [
+        (2, None, r"means=None: must be class means for each of 1\.attn_in, 1\.mlp_in"),
+        (2, {SITES[0]: MEANS[SITES[0]]}, r"means=1\.attn_in: must be class means for each of"),
+        (2, MEANS | {Site(2, "attn_in"): MEANS[SITES[0]]}, r"means=.*2\.attn_in: must be"),
+        (1, MEANS, r"means=1\.attn_in, 1\.mlp_in: must be None: format_version 1"),
+        (1, {}, r"means=.*: must be None"),
+        (2, MEANS | {SITES[1]: ClassMeans((0, 0), (0, 0), 0)}, r"1\.mlp_in\.rho=0\.0: must be"),
+        # What float32 holds counts.
+        (2, MEANS | {SITES[1]: ClassMeans((0, 0), (0, 0), 1e-60)}, r"1\.mlp_in\.rho=0\.0: must"),
+        (2, MEANS | {SITES[1]: ClassMeans((0, 1e60), (0, 0), 1)}, r"1\.mlp_in\.means=inf: must"),
+    ],
+)
+def test_the_means_go_with_the_version(
+    version: int, means: dict[Site, ClassMeans] | None, message: str
+) -> None:
+    with pytest.raises(PlaneError, match=message):
+        Plane(config(format_version=version), plane().bases, means)
+
+
+def test_random_planes_keep_their_bases_in_both_versions(tmp_path: Path) -> None:
+    sites = ["3.mlp_in", "1.attn_in"]
+    new = Plane.load(random_plane(tmp_path / "new", sites, seed=3))
+    old = Plane.load(random_plane(tmp_path / "old", sites, seed=3, format_version=1))
+    assert new.means is not None
+    assert old.means is None
+    assert all(torch.equal(new.bases[site], old.bases[site]) for site in new.sites)
+    assert len(set(new.means.values())) == len(sites)
+    assert all(0.5 <= of.rho <= 2 for of in new.means.values())
 
 
 SERVED = {"hidden_size": HIDDEN, "num_layers": 4, "model_type": "llama"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import calibration_oracle
 from steering_planes.artifact import Extraction, Plane
 from steering_planes.calibration import (
     Calibration,
@@ -272,6 +273,56 @@ def test_the_convention_is_stored() -> None:
     assert "b1" in config.angle_convention
 
 
+# Where the classes lie in the plane.
+
+
+@pytest.mark.parametrize("planes", ["global", "per_site"])
+def test_the_class_means_agree_with_a_second_writing(planes: Any) -> None:
+    positive, negative = model(3)
+    result = calibrate(positive, negative, Options(planes=planes))
+    assert tuple(result.means) == result.sites
+    p, q = (
+        {(s.layer, s.role): x.numpy() for s, x in side.items()} for side in (positive, negative)
+    )
+    bases = {(s.layer, s.role): basis.double().numpy() for s, basis in result.bases.items()}
+    means, rho = calibration_oracle.class_means(p, q, bases)
+    for site, of in result.means.items():
+        key = (site.layer, site.role)
+        np.testing.assert_allclose([of.positive, of.negative], means[key], rtol=1e-6, atol=1e-7)
+        assert of.rho == pytest.approx(rho[key], rel=1e-6)
+
+
+@pytest.mark.parametrize("planes", ["global", "per_site"])
+def test_the_class_means_differ_by_the_difference_of_the_classes(planes: Any) -> None:
+    positive, negative = model(3)
+    result = calibrate(positive, negative, Options(planes=planes))
+    for site, of in result.means.items():
+        difference = positive[site].mean(0) - negative[site].mean(0)
+        gaps = np.subtract(of.positive, of.negative)
+        expected = result.bases[site].double() @ difference
+        np.testing.assert_allclose(gaps, expected, rtol=1e-5, atol=1e-6)
+        assert of.rho == pytest.approx(result.statistics[site].difference_norm, rel=1e-6)
+        if planes == "per_site":
+            # b1 is the difference's own direction.
+            np.testing.assert_allclose(gaps, [of.rho, 0], rtol=1e-5, atol=1e-6)
+        else:
+            assert 0 < gaps[0] < of.rho * (1 + 1e-6)
+
+
+def test_the_class_means_are_of_raw_activations() -> None:
+    """Ten times the activations, ten times the means; the statistics are of unit-length ones."""
+    positive, negative = model()
+    one = calibrate(positive, negative)
+    ten = calibrate(*({s: 10 * x for s, x in side.items()} for side in (positive, negative)))
+    for site, of in one.means.items():
+        there = ten.means[site]
+        np.testing.assert_allclose(there.positive, np.multiply(10, of.positive), rtol=1e-5)
+        np.testing.assert_allclose(there.negative, np.multiply(10, of.negative), rtol=1e-5)
+        assert there.rho == pytest.approx(10 * of.rho, rel=1e-6)
+        mean = one.statistics[site].mean_positive
+        assert ten.statistics[site].mean_positive == pytest.approx(mean)
+
+
 # Step 6: discriminative sites.
 
 
@@ -420,6 +471,8 @@ def test_it_becomes_a_plane() -> None:
     mean = result.statistics[result.sites[0]].mean_positive
     assert plane.config.statistics[first]["mean_positive"] == mean
     assert "max_sim" in plane.config.extraction.method
+    assert plane.config.format_version == 2
+    assert plane.means == result.means
 
 
 def test_calibrating_twice_gives_the_same_plane() -> None:

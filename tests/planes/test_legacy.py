@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from steering_planes import PlaneError, Site, orthonormality_error
-from steering_planes.legacy import read
+from steering_planes import Plane, PlaneError, Site, orthonormality_error
+from steering_planes.legacy import import_plane, read
 
 REFERENCE = Path(__file__).parents[3] / "shared/reference"
 HIDDEN = 32
@@ -54,6 +54,16 @@ def test_a_selective_plane_is_orthonormal_again_and_keeps_its_mask(tmp_path: Pat
         assert float(basis[0].double() @ stored[0]) / float(stored[0].norm()) >= 1 - 1e-9
         outside = stored[1] - basis.double().T @ (basis.double() @ stored[1])
         assert float(outside.norm()) <= 1e-6
+
+
+def test_a_published_plane_has_no_class_means(tmp_path: Path) -> None:
+    folder = selective(tmp_path / "a", mask=MASK, names=LLAMA)
+    plane = import_plane([folder], name="refusal", model_type="llama")
+    plane.save(tmp_path / "refusal")
+    for each in (plane, Plane.load(tmp_path / "refusal")):
+        assert each.config.format_version == 1
+        assert each.means is None
+        assert each.modes == ("rotate_by", "rotate_to", "ablate")
 
 
 @pytest.mark.parametrize("mask", [None, {}, dict.fromkeys(MASK, False)])

@@ -52,10 +52,16 @@ def activations(
 
 @dataclass(frozen=True)
 class Found:
-    """Directions [d] of every site whose classes differ, and bases [2, d] of the selected ones."""
+    """Directions [d] of every site whose classes differ, and bases [2, d] of the selected ones.
+
+    Of the selected ones also the classes' raw means in the plane, [2, 2] (positive, negative; c1,
+    c2), and rho, the distance of those means.
+    """
 
     candidates: dict[Key, Array]
     bases: dict[Key, Array]
+    means: dict[Key, Array]
+    rho: dict[Key, float]
 
 
 def calibrate(positive: dict[Key, Array], negative: dict[Key, Array], *, per_site: bool,
@@ -90,4 +96,19 @@ def calibrate(positive: dict[Key, Array], negative: dict[Key, Array], *, per_sit
         bases[key] = np.stack([own[key], b2 / np.linalg.norm(b2)])
     if sum((unit(negative[key]) @ basis[1]).mean() for key, basis in bases.items()) < 0:
         bases = {key: np.stack([basis[0], -basis[1]]) for key, basis in bases.items()}
-    return Found(candidates, bases)
+    means, rho = class_means(positive, negative, bases)
+    return Found(candidates, bases, means, rho)
+
+
+def class_means(
+    positive: dict[Key, Array], negative: dict[Key, Array], bases: Mapping[Key, Array]
+) -> tuple[dict[Key, Array], dict[Key, float]]:
+    """METHOD.md 2b: example by example onto a basis, then the mean; and rho, by the cosine rule."""
+    means, rho = {}, {}
+    for key, basis in bases.items():
+        p, q = positive[key], negative[key]
+        means[key] = np.array([[np.mean([x @ b for x in side]) for b in basis] for side in (p, q)])
+        # |mean(p) - mean(q)|^2 out of the mean inner products of all pairs.
+        squared = (p @ p.T).mean() - 2 * (p @ q.T).mean() + (q @ q.T).mean()
+        rho[key] = float(np.sqrt(squared))
+    return means, rho

@@ -1,4 +1,4 @@
-"""Planes for tests: random bases, so that every site and slot is told apart."""
+"""Planes for tests: random bases and class means, so that every site and slot is told apart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from steering_planes import Extraction, Plane, PlaneConfig, Site, orthonormalise
+from steering_planes import ClassMeans, Extraction, Plane, PlaneConfig, Site, orthonormalise
 
 SMOLLM2 = {
     "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -21,11 +21,14 @@ SMOLLM2 = {
 def random_plane(folder: Path, sites: Sequence[str], seed: int = 0, **config: Any) -> Path:
     """Save a plane with another random basis at each site; returns its folder.
 
+    Its class means are of the size of activations whose elements are about 1.
+
     Args:
         folder: where to; its name is the plane's.
         sites: such as "18.attn_in".
-        seed: of the bases.
-        config: fields of the artifact's config; SmolLM2's shape unless given.
+        seed: of the bases and the means.
+        config: fields of the artifact's config; SmolLM2's shape unless given. With
+            ``format_version=1`` the plane has no means.
     """
     config = {
         **SMOLLM2,
@@ -39,5 +42,15 @@ def random_plane(folder: Path, sites: Sequence[str], seed: int = 0, **config: An
         site: orthonormalise(torch.randn(2, config["hidden_size"], generator=generator))
         for site in parsed
     }
-    Plane(PlaneConfig(sites=parsed, **config), bases).save(folder)
+    built = PlaneConfig(sites=parsed, **config)
+    # After all bases: those of a seed are the same in both versions of the format.
+    means = {site: random_means(generator) for site in parsed}
+    Plane(built, bases, None if built.format_version == 1 else means).save(folder)
     return folder
+
+
+def random_means(generator: torch.Generator) -> ClassMeans:
+    """Coordinates of about +-1, and a rho of 0.5 to 2."""
+    p1, p2, n1, n2 = torch.randn(4, generator=generator).tolist()
+    rho = 0.5 + 1.5 * float(torch.rand(1, generator=generator))
+    return ClassMeans((p1, p2), (n1, n2), rho)

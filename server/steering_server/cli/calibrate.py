@@ -28,7 +28,8 @@ tags: [activation-steering]
 
 Turns the model's behaviour by an angle per request, without changing a weight or an activation's
 length. 0° points at the positive class of the contrast set, about 180° at the negative one. The
-default mode is `{mode}`.
+default mode is `{mode}`; requests may also add, ablate or cap along a direction of the plane, which
+changes lengths unless they are kept.
 
 ## Intended use
 

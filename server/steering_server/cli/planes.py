@@ -83,12 +83,15 @@ def inspect(
     for key, value in facts_of(found).items():
         facts.add_row(f"[bold]{key}[/bold]", value)
     console.print(facts)
-    columns = sorted({key for of in config.statistics.values() for key in of})
+    statistics = {site: dict(of) for site, of in config.statistics.items()}
+    for site, means in (found.means or {}).items():
+        statistics.setdefault(str(site), {})["rho"] = means.rho
+    columns = sorted({key for of in statistics.values() for key in of})
     if columns:
         table = Table("site", "steered", *columns)
-        for site, of in config.statistics.items():
-            steered = "yes" if site in map(str, config.sites) else ""
-            table.add_row(site, steered, *(f"{of[k]:.4f}" if k in of else "" for k in columns))
+        for name, of in statistics.items():
+            steered = "yes" if name in map(str, config.sites) else ""
+            table.add_row(name, steered, *(f"{of[k]:.4f}" if k in of else "" for k in columns))
         console.print(table)
 
 
@@ -123,6 +126,12 @@ def facts_of(plane: Plane) -> dict[str, str]:
         "default": config.default_mode
         + ("" if config.default_angle is None else f" at {config.default_angle:g} degrees")
         + ("" if config.gate is None else f", where c1 exceeds {config.gate:g}"),
+        "operations": ", ".join(plane.modes)
+        + (
+            " (made without class means; calibrate it again for add and cap)"
+            if plane.means is None
+            else ""
+        ),
         "angles": config.angle_convention,
         "found by": f"{config.extraction.method}; {config.extraction.data}; "
         f"n = {config.extraction.n}",
