@@ -1,4 +1,4 @@
-"""Each kernel on a GPU: against its floor, against the norm alone, and against norm and rotation
+"""Each kernel on a GPU: against its floor, against the norm alone, and against norm and steering
 apart.
 
 The floor is the bytes a kernel must move over the bandwidth of a copy, measured in the same run.
@@ -16,7 +16,14 @@ import triton.testing
 from torch import Tensor
 
 import report
-from steering_kernels import Mode, add_rms_norm_rotate, encode_row, identity_row, rotate
+from steering_kernels import (
+    CLASSES_WIDTH,
+    Mode,
+    add_rms_norm_steer,
+    encode_row,
+    identity_row,
+    steer,
+)
 from steering_planes import orthonormalise
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
@@ -45,16 +52,19 @@ def measure(tokens: int, width: int, bandwidth: float) -> dict[str, object]:
     x, residual = (torch.randn(tokens, width, device="cuda", dtype=DTYPE) for _ in range(2))
     weight = torch.ones(width, device="cuda", dtype=DTYPE)
     bank = torch.stack([orthonormalise(torch.randn(2, width)) for _ in range(SLOTS)]).cuda()
+    classes = torch.zeros(SLOTS, CLASSES_WIDTH, device="cuda")
     on = torch.tensor([[encode_row(Mode.ROTATE_TO, 0.1 * i, i % SLOTS)] for i in range(tokens)])
     off = torch.tensor([[identity_row()]] * tokens)
     on, off = on.cuda(), off.cuda()
 
     def fused(rows: Tensor) -> object:
-        return add_rms_norm_rotate(x, residual, weight, EPS, bank, rows, kernels="triton")
+        return add_rms_norm_steer(x, residual, weight, EPS, bank, classes, rows, kernels="triton")
 
     def apart() -> object:
-        out, total = add_rms_norm_rotate(x, residual, weight, EPS, bank, off, kernels="triton")
-        return rotate(out, bank, on, "triton"), total
+        out, total = add_rms_norm_steer(
+            x, residual, weight, EPS, bank, classes, off, kernels="triton"
+        )
+        return steer(out, bank, classes, on, "triton"), total
 
     moved = x.element_size() * x.numel()
     fused_ms, norm_ms, apart_ms, rotate_ms = (
@@ -63,7 +73,7 @@ def measure(tokens: int, width: int, bandwidth: float) -> dict[str, object]:
             lambda: fused(on),
             lambda: fused(off),
             apart,
-            lambda: rotate(x, bank, on, "triton"),
+            lambda: steer(x, bank, classes, on, "triton"),
         )
     )
     return {
@@ -86,7 +96,7 @@ def verdicts(rows: Sequence[dict[str, object]]) -> list[tuple[str, bool, str]]:
     large = [row for row in rows if int(row["tokens"]) >= 2048]  # type: ignore[call-overload]
     share = min(float(row["fused_of_copy_bandwidth"]) for row in large)  # type: ignore[arg-type]
     return [
-        ("add_rms_norm_rotate <= 1.05 x the norm alone, at every T", ratio <= 1.05, f"{ratio:.3f}"),
+        ("add_rms_norm_steer <= 1.05 x the norm alone, at every T", ratio <= 1.05, f"{ratio:.3f}"),
         (">= 85 % of the copy bandwidth from T = 2048", share >= 0.85, f"{share:.1%}"),
     ]
 

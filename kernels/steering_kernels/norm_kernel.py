@@ -1,6 +1,6 @@
-"""Residual add, RMS norm and rotation in one pass over the activations.
+"""Residual add, RMS norm and steering in one pass over the activations.
 
-The norm reads and writes every activation anyway; rotating what it has in registers adds two dot
+The norm reads and writes every activation anyway; steering what it has in registers adds two dot
 products and no pass over memory.
 """
 
@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from steering_kernels.operation import WIDTH, operate
 from steering_kernels.tuning import block_and_warps
-from steering_kernels.turn import WIDTH, turn
 
 
 @triton.jit
-def _add_rms_norm_rotate(
+def _add_rms_norm_steer(
     x,
     residual,
     weight,
     bank,
+    classes,
     rows,
     out,
     residual_out,
@@ -51,20 +52,22 @@ def _add_rms_norm_rotate(
     else:
         # As vLLM's norm: rounded to the gain's dtype before the product.
         normed = normed.to(gain.dtype).to(tl.float32) * gain.to(tl.float32)
-    turned, _ = turn(normed, rows + token * (PLANES * WIDTH), bank, columns, within, HIDDEN, PLANES)
-    tl.store(out + token * HIDDEN + columns, turned.to(out.dtype.element_ty), mask=within)
+    row = rows + token * (PLANES * WIDTH)
+    steered, _ = operate(normed, row, bank, classes, columns, within, HIDDEN, PLANES)
+    tl.store(out + token * HIDDEN + columns, steered.to(out.dtype.element_ty), mask=within)
 
 
-def add_rms_norm_rotate(
+def add_rms_norm_steer(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
     bank: Tensor,
+    classes: Tensor,
     rows: Tensor,
     unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """RMS norm of x + residual, rotated; and the sum.
+    """RMS norm of x + residual, steered; and the sum.
 
     One program a token. A token whose rows are off is what the norm alone gives, to the bit.
 
@@ -74,7 +77,8 @@ def add_rms_norm_rotate(
         weight: [d], the gain.
         eps: added to the mean square.
         bank: [slots, 2, d] float32, contiguous.
-        rows: [T, planes, 5] float32, contiguous.
+        classes: [slots, 5] float32, contiguous.
+        rows: [T, planes, 7] float32, contiguous.
         unit_offset: the gain is 1 + weight (Gemma).
 
     Returns:
@@ -87,11 +91,12 @@ def add_rms_norm_rotate(
         return out, total
     block, warps = block_and_warps(hidden)
     with torch.cuda.device_of(x):
-        _add_rms_norm_rotate[(tokens,)](
+        _add_rms_norm_steer[(tokens,)](
             x,
             x if residual is None else residual,
             weight,
             bank,
+            classes,
             rows,
             out,
             out if total is None else total,

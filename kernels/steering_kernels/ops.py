@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steering_kernels import reference
-from steering_kernels.rows import ROW_WIDTH
+from steering_kernels.rows import CLASSES_WIDTH, ROW_WIDTH
 
 Kernels = Literal["triton", "torch"]
 
@@ -56,64 +56,70 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
-def rotate(h: Tensor, bank: Tensor, rows: Tensor, kernels: Kernels = "torch") -> Tensor:
-    """Rotate activations [T, d] in planes [slots, 2, d], as rows [T, planes, 5] say.
+def steer(
+    h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor, kernels: Kernels = "torch"
+) -> Tensor:
+    """Operate on activations [T, d] in planes [slots, 2, d], as rows [T, planes, 7] say.
 
     Args:
-        h: [T, d]; Triton's kernel rotates it in place.
+        h: [T, d]; Triton's kernel changes it in place.
         bank: [slots, 2, d] float32.
-        rows: [T, planes, 5] float32.
+        classes: [slots, 5] float32.
+        rows: [T, planes, 7] float32.
         kernels: what :func:`choose` said.
 
     Returns:
-        [T, d], see :func:`steering_kernels.reference.rotate`.
+        [T, d], see :func:`steering_kernels.reference.steer`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    check(h, bank, rows)
+    check(h, bank, classes, rows)
     if kernels == "torch":
-        return reference.rotate(h, bank, rows)
+        return reference.steer(h, bank, classes, rows)
     h = _side_by_side(h)
-    _rotate_op(h, bank, rows)
+    _steer_op(h, bank, classes, rows)
     return h
 
 
-def add_rms_norm_rotate(
+def add_rms_norm_steer(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
     bank: Tensor,
+    classes: Tensor,
     rows: Tensor,
     unit_offset: bool = False,
     kernels: Kernels = "torch",
 ) -> tuple[Tensor, Tensor | None]:
-    """RMS norm of x + residual [T, d], rotated; and the sum.
+    """RMS norm of x + residual [T, d], steered; and the sum.
 
-    See :func:`steering_kernels.reference.add_rms_norm_rotate`.
+    See :func:`steering_kernels.reference.add_rms_norm_steer`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    check(x, bank, rows)
+    check(x, bank, classes, rows)
     if residual is not None and (residual.shape[1:] != x.shape[1:] or not _as_many(residual, x)):
         raise ValueError(f"residual must be {list(x.shape)}, got {list(residual.shape)}")
     if weight.shape != x.shape[1:]:
         raise ValueError(f"weight must be [{x.shape[1]}], got {list(weight.shape)}")
     if kernels == "torch":
-        return reference.add_rms_norm_rotate(x, residual, weight, eps, bank, rows, unit_offset)
+        return reference.add_rms_norm_steer(
+            x, residual, weight, eps, bank, classes, rows, unit_offset
+        )
     x = _side_by_side(x)
     if residual is None:
-        return _norm_op(x, weight, eps, bank, rows, unit_offset), None
+        return _norm_op(x, weight, eps, bank, classes, rows, unit_offset), None
     both: tuple[Tensor, Tensor] = _add_norm_op(
-        x, _side_by_side(residual), weight, eps, bank, rows, unit_offset
+        x, _side_by_side(residual), weight, eps, bank, classes, rows, unit_offset
     )
     return both
 
 
-def check(h: Tensor, bank: Tensor, rows: Tensor) -> None:
-    """What every op requires of its activations, bank and rows.
+def check(h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> None:
+    """What every op requires of its activations, bank, classes and rows.
 
     Raises:
         ValueError: naming what does not fit, what it must be and what it is.
@@ -122,12 +128,16 @@ def check(h: Tensor, bank: Tensor, rows: Tensor) -> None:
         raise ValueError(f"h must be [T, d], got {list(h.shape)}")
     if bank.dim() != 3 or bank.shape[1] != 2 or bank.shape[2] != h.shape[1]:
         raise ValueError(f"bank must be [slots, 2, {h.shape[1]}], got {list(bank.shape)}")
+    if classes.shape != (bank.shape[0], CLASSES_WIDTH):
+        wanted = f"[{bank.shape[0]}, {CLASSES_WIDTH}]"
+        raise ValueError(f"classes must be {wanted}, got {list(classes.shape)}")
     if rows.dim() != 3 or not _as_many(rows, h) or rows.shape[2] != ROW_WIDTH:
         raise ValueError(
             f"rows must be [{h.shape[0]}, planes, {ROW_WIDTH}], got {list(rows.shape)}"
         )
-    if bank.dtype != torch.float32 or rows.dtype != torch.float32:
-        raise ValueError(f"bank and rows must be float32, got {bank.dtype} and {rows.dtype}")
+    dtypes = [tensor.dtype for tensor in (bank, classes, rows)]
+    if any(dtype != torch.float32 for dtype in dtypes):
+        raise ValueError(f"bank, classes and rows must be float32, got {dtypes}")
 
 
 def _as_many(one: Tensor, other: Tensor) -> bool:
@@ -166,26 +176,38 @@ def _register(name: str, op: Callable[..., Any], fake: Callable[..., Any], *muta
     return getattr(torch.ops.steering, name).default
 
 
-def _rotate(h: Tensor, bank: Tensor, rows: Tensor) -> None:
-    from steering_kernels.rotate_kernel import rotate_
+def _steer(h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> None:
+    from steering_kernels.steer_kernel import steer_
 
-    rotate_(h, bank, rows)
+    steer_(h, bank, classes, rows)
 
 
-def _rotate_fake(h: Tensor, bank: Tensor, rows: Tensor) -> None:
+def _steer_fake(h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> None:
     return None
 
 
 def _norm(
-    x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    classes: Tensor,
+    rows: Tensor,
+    unit_offset: bool,
 ) -> Tensor:
     from steering_kernels import norm_kernel
 
-    return norm_kernel.add_rms_norm_rotate(x, None, weight, eps, bank, rows, unit_offset)[0]
+    return norm_kernel.add_rms_norm_steer(x, None, weight, eps, bank, classes, rows, unit_offset)[0]
 
 
 def _norm_fake(
-    x: Tensor, weight: Tensor, eps: float, bank: Tensor, rows: Tensor, unit_offset: bool
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    classes: Tensor,
+    rows: Tensor,
+    unit_offset: bool,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -196,12 +218,15 @@ def _add_norm(
     weight: Tensor,
     eps: float,
     bank: Tensor,
+    classes: Tensor,
     rows: Tensor,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     from steering_kernels import norm_kernel
 
-    out, total = norm_kernel.add_rms_norm_rotate(x, residual, weight, eps, bank, rows, unit_offset)
+    out, total = norm_kernel.add_rms_norm_steer(
+        x, residual, weight, eps, bank, classes, rows, unit_offset
+    )
     assert total is not None
     return out, total
 
@@ -212,12 +237,13 @@ def _add_norm_fake(
     weight: Tensor,
     eps: float,
     bank: Tensor,
+    classes: Tensor,
     rows: Tensor,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_rotate_op = _register("rotate_", _rotate, _rotate_fake, "h")
-_norm_op = _register("rms_norm_rotate", _norm, _norm_fake)
-_add_norm_op = _register("add_rms_norm_rotate", _add_norm, _add_norm_fake)
+_steer_op = _register("steer_", _steer, _steer_fake, "h")
+_norm_op = _register("rms_norm_steer", _norm, _norm_fake)
+_add_norm_op = _register("add_rms_norm_steer", _add_norm, _add_norm_fake)

@@ -5,65 +5,117 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steering_kernels.rows import COS, GATE, MODE, SIN, SLOT, Mode
+from steering_kernels.rows import (
+    COS,
+    GATE,
+    GONE,
+    KEEP,
+    MODE,
+    NEGATIVE1,
+    NEGATIVE2,
+    POSITIVE1,
+    POSITIVE2,
+    RHO,
+    SIN,
+    SLOT,
+    STRENGTH,
+    Mode,
+)
 
 # Plain numbers: the compiler cannot compare a tensor with an enumeration's member.
-_OFF, _ROTATE_TO = float(Mode.OFF), float(Mode.ROTATE_TO)
+_OFF, _ROTATE_TO, _ADD, _ABLATE = map(float, (Mode.OFF, Mode.ROTATE_TO, Mode.ADD, Mode.ABLATE))
 
 
-def rotate(h: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """Rotate each token's activation in its planes, one plane after the other.
+def steer(h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+    """Apply each token's operations to its activation, one plane after the other.
 
-    For a basis (b1, b2), c1 = h.b1, c2 = h.b2 and r = |(c1, c2)|, rotate_by takes (c1, c2) to
-    R(angle)(c1, c2) (Selective Steering, Eq. 6) and rotate_to takes it to r (cos, sin) (Angular
-    Steering). What lies outside the plane stays, so the norm does.
+    For a basis (b1, b2), c = (h.b1, h.b2), and u at the row's angle, an operation takes c to c' as
+    :class:`steering_kernels.rows.Mode` says. What lies outside the plane stays, so a rotation keeps
+    the norm; with ``keep`` set the others are scaled back to it.
 
     Args:
         h: [T, d], activations as the norm returns them.
         bank: [slots, 2, d] float32, this site's bases; a slot whose plane does not select the site
             is zero and leaves h as it is.
-        rows: [T, planes, 5] float32, see :mod:`steering_kernels.rows`.
+        classes: [slots, 5] float32, the planes' class means at this site, in activation units, see
+            :mod:`steering_kernels.rows`; zero likewise.
+        rows: [T, planes, 7] float32, see :mod:`steering_kernels.rows`.
 
     Returns:
         [T, d] in h's dtype. Accumulation is in float32, with one rounding at the end; tokens that
         no row acts on come back bit-exact.
     """
-    turned, acted = turn(h.float(), bank, rows)
-    return torch.where(acted, turned.to(h.dtype), h)
+    steered, acted = operate(h.float(), bank, classes, rows)
+    return torch.where(acted, steered.to(h.dtype), h)
 
 
-def turn(x: Tensor, bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation in float32: [T, d] turned, and [T, 1] whether any plane acted."""
+def operate(x: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The operations in float32: [T, d] operated on, and [T, 1] whether any plane acted."""
     acted = torch.zeros_like(rows[:, :1, 0], dtype=torch.bool)  # [T, 1]
     for plane in range(rows.shape[1]):
-        row = rows[:, plane]  # [T, 5]
-        basis = bank[row[:, SLOT].to(torch.int32)]  # [T, 2, d]
+        row = rows[:, plane]  # [T, 7]
+        slot = row[:, SLOT].to(torch.int32)
+        basis = bank[slot]  # [T, 2, d]
         b1, b2 = basis[:, 0], basis[:, 1]
         c1 = (x * b1).sum(-1, keepdim=True)  # [T, 1]
         c2 = (x * b2).sum(-1, keepdim=True)
-        cos, sin, gate = (row[:, i : i + 1] for i in (COS, SIN, GATE))
+        cos, sin, gate, mode, strength, keep = (
+            row[:, i : i + 1] for i in (COS, SIN, GATE, MODE, STRENGTH, KEEP)
+        )
         squared = c1 * c1 + c2 * c2
         r = squared.sqrt()
-        to = row[:, MODE : MODE + 1] == _ROTATE_TO
-        new1 = torch.where(to, r * cos, cos * c1 - sin * c2)
-        new2 = torch.where(to, r * sin, sin * c1 + cos * c2)
+        to = mode == _ROTATE_TO
+        turned1 = torch.where(to, r * cos, cos * c1 - sin * c2)
+        turned2 = torch.where(to, r * sin, sin * c1 + cos * c2)
+
+        along = cos * c1 + sin * c2
+        step = _step(mode, strength, cos, sin, along, classes[slot])
+        rotates = mode <= _ROTATE_TO
+        d1 = torch.where(rotates, turned1 - c1, step * cos)
+        d2 = torch.where(rotates, turned2 - c2, step * sin)
         # A zero vector has no direction to rotate; it is also what an empty slot gives.
-        acts = (row[:, MODE : MODE + 1] != _OFF) & (c1 > gate) & (squared > 0)
-        x = torch.where(acts, x + (new1 - c1) * b1 + (new2 - c2) * b2, x)
+        moves = torch.where(rotates, squared, step.abs())
+        acts = (mode != _OFF) & (c1 > gate) & (moves > 0)
+
+        # |h'|^2 = |h|^2 + gain. Of the two the smaller one is summed, so that the other is a sum
+        # too: a difference would lose its digits where little is left. What is gone but for
+        # rounding has no direction to keep a length in.
+        gain = step * (along + along + step)
+        down = torch.where(gain < 0, step, 0.0)
+        smaller = (x + down * cos * b1 + down * sin * b2).square().sum(-1, keepdim=True)
+        new = smaller + gain.clamp(min=0.0)
+        old = smaller - gain.clamp(max=0.0)
+        scale = torch.where((keep != 0) & (new > GONE * old), (old / new).sqrt(), 1.0)
+        x = torch.where(acts, (x + d1 * b1 + d2 * b2) * scale, x)
         acted = acted | acts
     return x, acted
 
 
-def add_rms_norm_rotate(
+def _step(
+    mode: Tensor, strength: Tensor, cos: Tensor, sin: Tensor, along: Tensor, classes: Tensor
+) -> Tensor:
+    """[T, 1]: how far add, ablate and cap move along u; ``classes`` is [T, 5]."""
+    positive1, positive2, negative1, negative2, rho = (
+        classes[:, i : i + 1] for i in (POSITIVE1, POSITIVE2, NEGATIVE1, NEGATIVE2, RHO)
+    )
+    low = cos * negative1 + sin * negative2
+    high = cos * positive1 + sin * positive2
+    capped = (low + strength * (high - low) - along).clamp(max=0.0)
+    ablated = torch.where(mode == _ABLATE, -strength * along, capped)
+    return torch.where(mode == _ADD, strength * rho, ablated)
+
+
+def add_rms_norm_steer(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
     bank: Tensor,
+    classes: Tensor,
     rows: Tensor,
     unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """RMS norm of x + residual, rotated; and the sum. Rounds where vLLM's norm does.
+    """RMS norm of x + residual, steered; and the sum. Rounds where vLLM's norm does.
 
     Args:
         x: [T, d].
@@ -71,7 +123,8 @@ def add_rms_norm_rotate(
         weight: [d], the gain.
         eps: added to the mean square.
         bank: [slots, 2, d] float32.
-        rows: [T, planes, 5] float32.
+        classes: [slots, 5] float32.
+        rows: [T, planes, 7] float32.
         unit_offset: the gain is 1 + weight, in float32 (Gemma); else the normed value is rounded
             to the gain's dtype before the product, as vLLM's norm does.
 
@@ -88,5 +141,5 @@ def add_rms_norm_rotate(
         normed = normed * (weight.float() + 1.0)
     else:
         normed = normed.to(weight.dtype).float() * weight.float()
-    turned, _ = turn(normed, bank, rows)
-    return turned.to(x.dtype), total
+    steered, _ = operate(normed, bank, classes, rows)
+    return steered.to(x.dtype), total

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering_kernels import Mode, add_rms_norm_rotate, encode_row, identity_row, reference, rotate
+from steering_kernels import Mode, add_rms_norm_steer, encode_row, identity_row, reference, steer
 from steering_planes import orthonormalise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,10 +22,27 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 EPS = 1e-5
 
 
+ROTATIONS = (Mode.ROTATE_BY, Mode.ROTATE_TO)
+OPERATIONS = (*ROTATIONS, Mode.ADD, Mode.ABLATE, Mode.CAP)
+
+
+def row(
+    rng: random.Random, mode: Mode, slot: int, gate: float | None, *, keep_norm: bool
+) -> list[float]:
+    """A row of an operation, at a random angle and with a strength that it may have."""
+    strength = {
+        Mode.ADD: rng.uniform(-3, 3),
+        Mode.ABLATE: rng.random(),
+        Mode.CAP: rng.uniform(-2, 1),
+    }
+    keep_norm &= mode not in ROTATIONS
+    return encode_row(mode, rng.uniform(-360, 360), slot, gate, strength.get(mode, 0.0), keep_norm)
+
+
 class Case:
     """Random activations, bases and rows. Gates keep clear of c1: rounding never decides."""
 
-    def __init__(self, seed: int, *, widest: int = max(WIDTHS)) -> None:
+    def __init__(self, seed: int, *, widest: int = max(WIDTHS), **chosen: Any) -> None:
         self.rng = rng = random.Random(seed)
         torch.manual_seed(seed)
         self.hidden = rng.choice([w for w in WIDTHS if w <= widest])
@@ -33,10 +50,14 @@ class Case:
         self.dtype = rng.choice(list(BITS))
         self.planes = rng.randint(1, 3)
         self.unit_offset = rng.random() < 0.3
+        vars(self).update(chosen)
         self.x, self.residual = self._activations(), self._activations()
         self.weight = (torch.rand(self.hidden) + 0.5).to(self.dtype)
         self.bank = torch.stack([orthonormalise(torch.randn(2, self.hidden)) for _ in range(3)])
-        self.bank[2] = 0.0  # A plane that does not select this site.
+        self.classes = torch.cat([torch.randn(3, 4), torch.rand(3, 1) + 0.1], 1)
+        # A plane that does not select this site.
+        self.bank[2] = 0.0
+        self.classes[2] = 0.0
         self.rows = torch.tensor(
             [[self._row() for _ in range(self.planes)] for _ in range(self.tokens)]
         )
@@ -49,30 +70,41 @@ class Case:
         return wide.to(self.dtype)[:, : self.hidden]
 
     def _row(self) -> list[float]:
-        if self.rng.random() < 0.3:
+        rng = self.rng
+        if rng.random() < 0.3:
             return identity_row()
-        mode = self.rng.choice((Mode.ROTATE_BY, Mode.ROTATE_TO))
-        gate = self.rng.choice((None, None, -1e6, 1e6))
-        return encode_row(mode, self.rng.uniform(-360, 360), self.rng.randrange(3), gate)
+        mode, gate = rng.choice(OPERATIONS), rng.choice((None, None, -1e6, 1e6))
+        return row(rng, mode, rng.randrange(3), gate, keep_norm=rng.random() < 0.5)
 
     def on(self, *names: str) -> list[Any]:
         """Tensors, on the device under test."""
         return [getattr(self, name).to(DEVICE) for name in names]
 
     def truth(self, normed: Tensor) -> Tensor:
-        """``normed`` [T, d] rotated, in double precision."""
+        """``normed`` [T, d] steered, in double precision."""
         h = normed.double().clone()
         for t, rows in enumerate(self.rows.double()):
-            for cos, sin, gate, mode, slot in rows:
-                b1, b2 = self.bank[int(slot)].double()
-                c1, c2 = h[t] @ b1, h[t] @ b2
-                if mode == Mode.OFF or c1 <= gate:
+            for cos, sin, gate, mode, slot, s, keep in rows:
+                basis, (pos1, pos2, neg1, neg2, rho) = (
+                    each[int(slot)].double() for each in (self.bank, self.classes)
+                )
+                c, u = basis @ h[t], torch.stack((cos, sin))
+                if mode == Mode.OFF or c[0] <= gate or not basis.any():
                     continue
-                new1, new2 = cos * c1 - sin * c2, sin * c1 + cos * c2
-                if mode == Mode.ROTATE_TO:
-                    r = torch.hypot(c1, c2)
-                    new1, new2 = r * cos, r * sin
-                h[t] += (new1 - c1) * b1 + (new2 - c2) * b2
+                a = c @ u
+                low, high = u[0] * neg1 + u[1] * neg2, u[0] * pos1 + u[1] * pos2
+                limit = low + s * (high - low)
+                new = {
+                    Mode.ROTATE_BY: torch.stack((cos * c[0] - sin * c[1], sin * c[0] + cos * c[1])),
+                    Mode.ROTATE_TO: c.norm() * u,
+                    Mode.ADD: c + s * rho * u,
+                    Mode.ABLATE: c - s * a * u,
+                    Mode.CAP: c - (a - limit).clamp(min=0) * u,
+                }[Mode(int(mode))]
+                length = h[t].norm()
+                h[t] += (new - c) @ basis
+                if keep:
+                    h[t] *= length / h[t].norm()
         return h
 
     def norm_truth(self, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -106,25 +138,25 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", range(110))
-def test_rotate_is_as_exact_as_plain_torch(seed: int) -> None:
+def test_steer_is_as_exact_as_plain_torch(seed: int) -> None:
     case = Case(seed)
-    x, bank, rows = case.on("x", "bank", "rows")
+    x, bank, classes, rows = case.on("x", "bank", "classes", "rows")
     truth = case.truth(case.x)
-    plain = reference.rotate(x, bank, rows)
-    fast = rotate(x.clone(memory_format=torch.preserve_format), bank, rows, "triton")
+    plain = reference.steer(x, bank, classes, rows)
+    fast = steer(x.clone(memory_format=torch.preserve_format), bank, classes, rows, "triton")
     assert fast.dtype == case.dtype
     assert error(fast, truth) <= error(plain, truth) + 1e-6
 
 
 @pytest.mark.parametrize("seed", range(110))
-def test_add_rms_norm_rotate_is_as_exact_as_plain_torch(seed: int) -> None:
+def test_add_rms_norm_steer_is_as_exact_as_plain_torch(seed: int) -> None:
     case = Case(1000 + seed)
-    x, weight, bank, rows = case.on("x", "weight", "bank", "rows")
+    x, weight, bank, classes, rows = case.on("x", "weight", "bank", "classes", "rows")
     kept = x.clone()
     for residual in (None, *case.on("residual")):
-        args = (x, residual, weight, EPS, bank, rows, case.unit_offset)
-        plain, plain_total = add_rms_norm_rotate(*args)
-        fast, total = add_rms_norm_rotate(*args, kernels="triton")
+        args = (x, residual, weight, EPS, bank, classes, rows, case.unit_offset)
+        plain, plain_total = add_rms_norm_steer(*args)
+        fast, total = add_rms_norm_steer(*args, kernels="triton")
         normed, summed = case.norm_truth(None if residual is None else case.residual)
         truth = case.truth(normed)
         assert fast.dtype == case.dtype
@@ -139,88 +171,164 @@ def test_add_rms_norm_rotate_is_as_exact_as_plain_torch(seed: int) -> None:
     assert torch.equal(x, kept)
 
 
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
+@pytest.mark.parametrize("keep_norm", [False, True], ids=["as-it-is", "norm-kept"])
+@pytest.mark.parametrize("dtype", list(BITS), ids=str)
+@pytest.mark.parametrize("mode", OPERATIONS, ids=lambda mode: mode.name)
+def test_every_operation_is_as_exact_as_plain_torch(
+    mode: Mode, dtype: torch.dtype, keep_norm: bool, gated: bool, planes: int
+) -> None:
+    """The operation alone, in each of the request's planes, of a width that fills no block."""
+    case = Case(int(mode), dtype=dtype, hidden=507, tokens=16, planes=planes)
+    rng = case.rng
+    for t in range(case.tokens):
+        # Near the boundary, and on either side of it.
+        h = case.x[t].double()
+        for k in range(planes):
+            slot = rng.randrange(2)
+            gate = float(h @ case.bank[slot, 0].double()) + rng.choice((-1, 1)) if gated else None
+            case.rows[t, k] = torch.tensor(row(rng, mode, slot, gate, keep_norm=keep_norm))
+    x, residual, weight, bank, classes, rows = case.on(
+        "x", "residual", "weight", "bank", "classes", "rows"
+    )
+    steered = case.truth(case.x)
+    assert not torch.equal(steered, case.x.double())
+    plain = reference.steer(x, bank, classes, rows)
+    fast = steer(x.clone(), bank, classes, rows, "triton")
+    assert error(fast, steered) <= error(plain, steered) + 1e-6
+    args = (x, residual, weight, EPS, bank, classes, rows, case.unit_offset)
+    truth = case.truth(case.norm_truth(case.residual)[0])
+    plain, _ = add_rms_norm_steer(*args)
+    fast, _ = add_rms_norm_steer(*args, kernels="triton")
+    assert error(fast, truth) <= error(plain, truth) + 1e-6
+    if dtype == torch.float32:
+        assert error(plain, truth) <= 1e-6
+
+
 @pytest.mark.parametrize("dtype", list(BITS), ids=str)
 def test_a_token_without_steering_is_bit_exact(dtype: torch.dtype) -> None:
-    """Off, gated out, at an empty slot: as the same kernel gives with no row on; in place, bits
-    of NaN and of signed zeros too, and what lies beyond the rows."""
+    """Off, gated out, at an empty slot, below a cap: as the same kernel gives with no row on; in
+    place, bits of NaN and of signed zeros too, and what lies beyond the rows."""
     torch.manual_seed(0)
     bank = torch.cat([orthonormalise(torch.randn(2, 96))[None], torch.zeros(1, 2, 96)])
-    rows = torch.tensor(
-        [
-            [identity_row()],
-            [encode_row(Mode.ROTATE_BY, 90, 0, gate=1e6)],
-            [encode_row(Mode.ROTATE_TO, 90, 1)],
-            [encode_row(Mode.ROTATE_TO, 90, 0)],
-        ]
-    )
-    h = torch.randn(6, 100).to(dtype)
+    classes = torch.tensor([[1.0, 1.0, -1.0, -1.0, 1.0], [0.0] * 5])
+    idle = [
+        identity_row(),
+        encode_row(Mode.ROTATE_BY, 90, 0, gate=1e6),
+        encode_row(Mode.ADD, 90, 0, gate=1e6, strength=2.0, keep_norm=True),
+        encode_row(Mode.ROTATE_TO, 90, 1),
+        encode_row(Mode.ADD, 90, 1, strength=2.0),
+        encode_row(Mode.ABLATE, 90, 1, strength=1.0, keep_norm=True),
+        encode_row(Mode.CAP, 90, 1, strength=0.5),
+        encode_row(Mode.CAP, 90, 0, strength=1e6),
+    ]
+    busy = len(idle)
+    rows = torch.tensor([[each] for each in (*idle, encode_row(Mode.ROTATE_TO, 90, 0))])
+    h = torch.randn(busy + 3, 100).to(dtype)
     h[0, 0], h[1, 1], h[0, 2] = -0.0, -0.0, torch.nan
+    h[2:busy, 3] = -0.0
     before = h.clone()
-    rotate(h[:4, :96].to(DEVICE), bank.to(DEVICE), rows.to(DEVICE), "triton")
-    on_device, bank, rows = h.to(DEVICE), bank.to(DEVICE), rows.to(DEVICE)
-    rotate(on_device[:4, :96], bank, rows, "triton")
-    after = on_device.cpu()
-    same = after.view(BITS[dtype]) == before.view(BITS[dtype])
-    assert same[[0, 1, 2, 4, 5]].all()
-    assert same[3, 96:].all()
-    assert not same[3, :96].all()
+    on_device, bank, classes, rows = (each.to(DEVICE) for each in (h, bank, classes, rows))
+    steer(on_device[: busy + 1, :96], bank, classes, rows, "triton")
+    same = on_device.cpu().view(BITS[dtype]) == before.view(BITS[dtype])
+    assert same[:busy].all()
+    assert same[busy + 1 :].all()
+    assert same[busy, 96:].all()
+    assert not same[busy, :96].all()
 
-    x = torch.randn(4, 96).to(dtype).to(DEVICE)
+    x = torch.randn(busy + 1, 96).to(dtype).to(DEVICE)
     weight = torch.rand(96).to(dtype).to(DEVICE)
-    off = torch.tensor([[identity_row()]] * 4).to(DEVICE)
-    args = (x, x * 3, weight, EPS, bank)
-    steered, total = add_rms_norm_rotate(*args, rows, kernels="triton")
-    plain, plain_total = add_rms_norm_rotate(*args, off, kernels="triton")
+    off = torch.tensor([[identity_row()]] * (busy + 1)).to(DEVICE)
+    args = (x, x * 3, weight, EPS, bank, classes)
+    steered, total = add_rms_norm_steer(*args, rows, kernels="triton")
+    plain, plain_total = add_rms_norm_steer(*args, off, kernels="triton")
     assert total is not None
     assert plain_total is not None
     assert torch.equal(total, plain_total)
-    assert torch.equal(steered[:3], plain[:3])
-    assert not torch.equal(steered[3], plain[3])
+    assert torch.equal(steered[:busy], plain[:busy])
+    assert not torch.equal(steered[busy], plain[busy])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-4)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("hidden", [576, 4096])
-def test_norms_are_kept(hidden: int) -> None:
-    """In bf16, to 3e-4: what a kernel was given against what it returns, rounded once."""
+def test_norms_are_kept(hidden: int, dtype: torch.dtype, limit: float) -> None:
+    """What a kernel was given against what it returns, rounded once: under rotations, and under
+    the others where asked."""
     torch.manual_seed(hidden)
     bank = orthonormalise(torch.randn(2, hidden))[None].to(DEVICE)
-    x = torch.randn(24, hidden).bfloat16().to(DEVICE)
-    weight = (torch.rand(hidden) + 0.5).bfloat16().to(DEVICE)
-    modes = (Mode.ROTATE_BY, Mode.ROTATE_TO)
-    rows = torch.tensor([[encode_row(modes[i % 2], 15.0 * i, 0)] for i in range(24)]).to(DEVICE)
+    classes = torch.tensor([[0.5, 0.3, -0.7, 0.1, 9.0]]).to(DEVICE)
+    x = torch.randn(30, hidden).to(dtype).to(DEVICE)
+    weight = (torch.rand(hidden) + 0.5).to(dtype).to(DEVICE)
+    rows = torch.tensor(
+        [
+            [encode_row(mode, 12.0 * i, 0, None, strength, mode not in ROTATIONS)]
+            for i in range(30)
+            for mode, strength in [
+                ((*OPERATIONS, Mode.ADD)[i % 6], (0.0, 0.0, 1.0, 0.9, -3.0, -4.0)[i % 6])
+            ]
+        ]
+    ).to(DEVICE)
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-    gained = normed.bfloat16().double() * weight.double()
-    out, _ = add_rms_norm_rotate(x, None, weight, EPS, bank, rows, kernels="triton")
-    for before, after in ((gained, out), (x, rotate(x.clone(), bank, rows, "triton"))):
+    gained = normed.to(dtype).double() * weight.double()
+    out, _ = add_rms_norm_steer(x, None, weight, EPS, bank, classes, rows, kernels="triton")
+    plain, _ = add_rms_norm_steer(x, None, weight, EPS, bank, classes, rows)
+    steered = steer(x.clone(), bank, classes, rows, "triton")
+    for before, after in ((gained, out), (gained, plain), (x, steered)):
+        assert not torch.equal(before, after)
         ratio = after.double().norm(dim=-1) / before.double().norm(dim=-1)
-        assert float((ratio - 1).abs().max()) <= 3e-4
+        assert float((ratio - 1).abs().max()) <= limit
+
+
+def test_a_length_is_kept_even_where_little_is_left() -> None:
+    """Of an activation in the plane, nearly along u, an ablation leaves a thousandth: what is
+    scaled up again has the digits of what was left, not of what is gone."""
+    basis = torch.eye(2, 64)
+    h = torch.zeros(3, 64)
+    h[0, 0], h[0, 1] = 30.0, 0.03
+    h[1, 0] = 30.0  # Of which nothing is left: no direction to keep a length in.
+    h[2, 0], h[2, 1] = 30.0, 1e-5  # Nor in what is as small as rounding.
+    rows = torch.tensor([[encode_row(Mode.ABLATE, 0, 0, None, 1.0, True)]] * 3)
+    args = (basis[None].to(DEVICE), torch.zeros(1, 5).to(DEVICE), rows.to(DEVICE))
+    for kernels in ("torch", "triton"):
+        out = steer(h.clone().to(DEVICE), *args, kernels).cpu()
+        assert float(out[0].norm()) == pytest.approx(float(h[0].norm()), rel=1e-6)
+        assert not out[1].any()
+        assert float(out[2].norm()) == pytest.approx(1e-5)
 
 
 def test_no_tokens_are_no_launch() -> None:
-    h, bank, rows = torch.zeros(0, 64), torch.zeros(1, 2, 64), torch.zeros(0, 1, 5)
-    h, bank, rows = (t.to(DEVICE) for t in (h, bank, rows))
-    assert rotate(h, bank, rows, "triton").shape == (0, 64)
-    out, total = add_rms_norm_rotate(h, h, torch.ones(64).to(DEVICE), EPS, bank, rows)
+    h, bank, rows = torch.zeros(0, 64), torch.zeros(1, 2, 64), torch.zeros(0, 1, 7)
+    classes = torch.zeros(1, 5)
+    h, bank, classes, rows = (t.to(DEVICE) for t in (h, bank, classes, rows))
+    assert steer(h, bank, classes, rows, "triton").shape == (0, 64)
+    out, total = add_rms_norm_steer(h, h, torch.ones(64).to(DEVICE), EPS, bank, classes, rows)
     assert out.shape == (0, 64)
     assert total is not None
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    x, bank, rows = torch.zeros(4, 32), torch.zeros(1, 2, 32), torch.zeros(4, 1, 5)
+    x, bank, rows = torch.zeros(4, 32), torch.zeros(1, 2, 32), torch.zeros(4, 1, 7)
+    classes = torch.zeros(1, 5)
     with pytest.raises(ValueError, match=r"residual must be \[4, 32\], got \[3, 32\]"):
-        add_rms_norm_rotate(x, x[:3], torch.ones(32), EPS, bank, rows, kernels="triton")
+        add_rms_norm_steer(x, x[:3], torch.ones(32), EPS, bank, classes, rows, kernels="triton")
     with pytest.raises(ValueError, match=r"weight must be \[32\], got \[31\]"):
-        add_rms_norm_rotate(x, None, torch.ones(31), EPS, bank, rows, kernels="triton")
+        add_rms_norm_steer(x, None, torch.ones(31), EPS, bank, classes, rows, kernels="triton")
 
 
-@pytest.mark.parametrize("op", ["rotate_", "rms_norm_rotate", "add_rms_norm_rotate"])
+@pytest.mark.parametrize("op", ["steer_", "rms_norm_steer", "add_rms_norm_steer"])
 def test_the_compiler_is_told_the_truth(op: str) -> None:
     """Schema, aliasing and fake implementation, by torch's own checks."""
     case = Case(3, widest=252)
-    x, residual, weight, bank, rows = case.on("x", "residual", "weight", "bank", "rows")
+    x, residual, weight, bank, classes, rows = case.on(
+        "x", "residual", "weight", "bank", "classes", "rows"
+    )
     args = {
-        "rotate_": (x.contiguous(), bank, rows),
-        "rms_norm_rotate": (x, weight, EPS, bank, rows, False),
-        "add_rms_norm_rotate": (x, residual, weight, EPS, bank, rows, False),
+        "steer_": (x.contiguous(), bank, classes, rows),
+        "rms_norm_steer": (x, weight, EPS, bank, classes, rows, False),
+        "add_rms_norm_steer": (x, residual, weight, EPS, bank, classes, rows, False),
     }[op]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.steering, op).default, args, test_utils=checks)
@@ -228,12 +336,16 @@ def test_the_compiler_is_told_the_truth(op: str) -> None:
 
 def test_a_graph_with_the_kernels_in_it_is_the_eager_one() -> None:
     case = Case(5, widest=252)
-    x, residual, weight, bank, rows = case.on("x", "residual", "weight", "bank", "rows")
+    x, residual, weight, bank, classes, rows = case.on(
+        "x", "residual", "weight", "bank", "classes", "rows"
+    )
 
     def layer(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        out, total = add_rms_norm_rotate(x, residual, weight, EPS, bank, rows, kernels="triton")
+        out, total = add_rms_norm_steer(
+            x, residual, weight, EPS, bank, classes, rows, kernels="triton"
+        )
         assert total is not None
-        return rotate(out * 2, bank, rows, "triton") + 1, total
+        return steer(out * 2, bank, classes, rows, "triton") + 1, total
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(x, residual), layer(x, residual), strict=True):

@@ -30,7 +30,7 @@ def test_what_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(CPU, "triton")
 
 
-@pytest.mark.parametrize("name", ["rotate_", "rms_norm_rotate", "add_rms_norm_rotate"])
+@pytest.mark.parametrize("name", ["steer_", "rms_norm_steer", "add_rms_norm_steer"])
 def test_a_call_costs_the_host_a_dispatch_and_no_more(name: str) -> None:
     """Registered on a library, as vLLM does: a ``torch.library.custom_op`` costs four times it."""
     assert f"steering::{name}" not in torch._library.custom_ops.OPDEFS
@@ -40,10 +40,10 @@ def test_a_call_costs_the_host_a_dispatch_and_no_more(name: str) -> None:
 
 
 def test_a_number_of_tokens_that_does_not_fit_is_said() -> None:
-    bank, rows = torch.zeros(1, 2, 8), torch.zeros(3, 1, 5)
-    with pytest.raises(ValueError, match=r"rows must be \[2, planes, 5\], got \[3, 1, 5\]"):
-        ops.rotate(torch.zeros(2, 8), bank, rows)
+    bank, classes, rows = torch.zeros(1, 2, 8), torch.zeros(1, 5), torch.zeros(3, 1, 7)
+    with pytest.raises(ValueError, match=r"rows must be \[2, planes, 7\], got \[3, 1, 7\]"):
+        ops.steer(torch.zeros(2, 8), bank, classes, rows)
     with pytest.raises(ValueError, match=r"residual must be \[3, 8\], got \[2, 8\]"):
-        ops.add_rms_norm_rotate(
-            torch.zeros(3, 8), torch.zeros(2, 8), torch.ones(8), 1e-5, bank, rows
+        ops.add_rms_norm_steer(
+            torch.zeros(3, 8), torch.zeros(2, 8), torch.ones(8), 1e-5, bank, classes, rows
         )

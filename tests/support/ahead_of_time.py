@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering_kernels import norm_kernel, rotate_kernel
+from steering_kernels import norm_kernel, steer_kernel
 from steering_kernels.tuning import block_and_warps
 
 ARCHITECTURES = (80, 90, 100)
@@ -28,20 +28,24 @@ PLANES = (1, 2)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compile_rotate(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, Any]:
-    """`_rotate` for aligned rows."""
-    pointers = {"h": f"*{dtype}", "bank": "*fp32", "rows": "*fp32"}
+def compile_steer(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, Any]:
+    """`_steer` for aligned rows."""
+    pointers = {"h": f"*{dtype}", "bank": "*fp32", "classes": "*fp32", "rows": "*fp32"}
     constants = {"HIDDEN": hidden, "PLANES": planes}
-    return report(rotate_kernel._rotate, arch, hidden, pointers, {"h_stride": "i32"}, constants)
+    return report(steer_kernel._steer, arch, hidden, pointers, {"h_stride": "i32"}, constants)
 
 
 def compile_norm(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, Any]:
-    """`_add_rms_norm_rotate` with a residual, for aligned rows."""
+    """`_add_rms_norm_steer` with a residual, for aligned rows."""
     activations = ("x", "residual", "weight", "out", "residual_out")
-    pointers = dict.fromkeys(activations, f"*{dtype}") | {"bank": "*fp32", "rows": "*fp32"}
+    pointers = dict.fromkeys(activations, f"*{dtype}") | {
+        "bank": "*fp32",
+        "classes": "*fp32",
+        "rows": "*fp32",
+    }
     strides = {"x_stride": "i32", "residual_stride": "i32"}
     constants = {"HIDDEN": hidden, "PLANES": planes, "HAS_RESIDUAL": True, "UNIT_OFFSET": False}
-    kernel = norm_kernel._add_rms_norm_rotate
+    kernel = norm_kernel._add_rms_norm_steer
     return report(kernel, arch, hidden, pointers, strides, constants, {"eps": "fp32"})
 
 
@@ -104,7 +108,7 @@ def main() -> None:
     results = [
         {"dtype": dtype, "planes": planes, **build(arch, dtype, hidden, planes)}
         for arch in ARCHITECTURES
-        for build in (compile_rotate, compile_norm)
+        for build in (compile_steer, compile_norm)
         for dtype in DTYPES
         for hidden in HIDDEN
         for planes in PLANES
