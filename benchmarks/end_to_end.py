@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -37,7 +38,8 @@ class Way:
     name: str
     side: str
     angles: str = "none"
-    """``none``, ``one`` for all requests, or ``each`` its own."""
+    """``none``, ``one`` for all requests, ``each`` its own, or ``mixed``: each its own operation,
+    angle, strength and tokens."""
 
 
 PLAIN = Way("plain vLLM", "plain")
@@ -46,6 +48,7 @@ WAYS = (
     Way("plugin idle, no plane", "idle"),
     Way("selected sites, one angle", "selected", "one"),
     Way("selected sites, an angle each", "selected", "each"),
+    Way("selected sites, operations mixed", "selected", "mixed"),
     Way("planes loaded, unsteered", "selected"),
     Way("all sites, an angle each", "all", "each"),
     Way("published way: eager hooks, one matrix", "published"),
@@ -110,14 +113,27 @@ async def run(port: int, load: Load, angles: str, seed: int) -> Run:
     )
 
 
-def _steering(angles: str, index: int) -> dict[str, float]:
+OPERATIONS: tuple[dict[str, Any], ...] = (
+    {"steering_mode": "rotate_by"},
+    {"steering_mode": "rotate_to", "steering_tokens": "generated"},
+    {"steering_mode": "add", "steering_strength": 0.3},
+    {"steering_mode": "add", "steering_strength": -0.5, "steering_keep_norm": True},
+    {"steering_mode": "ablate", "steering_keep_norm": True},
+    {"steering_mode": "cap", "steering_strength": 0.5},
+    {"steering_mode": "rotate_to", "steering_tokens": {"prompt": [-4, None], "generated": [0, 16]}},
+    {"steering_mode": "rotate_by", "steering_angle": {"from": 180, "to": 0, "over": 32}},
+)
+
+
+def _steering(angles: str, index: int) -> dict[str, Any]:
     if angles == "none":
         return {}
-    return {"steering_angle": 30.0 if angles == "one" else 1.0 + 5.5 * index}
+    own = {"steering_angle": 30.0 if angles == "one" else 1.0 + 5.5 * index}
+    return own | OPERATIONS[index % len(OPERATIONS)] if angles == "mixed" else own
 
 
 async def _ask(
-    session: aiohttp.ClientSession, prompt: list[int], tokens: int, steering: dict[str, float]
+    session: aiohttp.ClientSession, prompt: list[int], tokens: int, steering: dict[str, Any]
 ) -> tuple[float, float]:
     """Seconds from sending to the first and to the last token."""
     body = {

@@ -17,7 +17,8 @@ import sides
 from steering_planes import Plane
 from steering_server.engine.bank import Bank
 from steering_server.engine.rows import Rows
-from steering_server.request.rotation import Rotation
+from steering_server.request.operation import Operation
+from steering_server.request.window import NAMED
 
 BATCHES = (1, 8, 32, 64, 128, 256, 512, 1024)
 STEPS = 300
@@ -27,9 +28,9 @@ def measure(plane: Plane, batch: int, planes: int, device: torch.device) -> dict
     """Medians in microseconds: a decoding step's rows, and taking up one new request."""
     bank = Bank([plane], plane.sites[:1], device)
     rows = Rows(batch, 8192, planes, bank, device)
-    rotations = [
+    operations = [
         tuple(
-            Rotation(plane.name, plane.digest, (0.37 * i + k) % 360, "rotate_to", tokens, None)
+            Operation(plane.name, plane.digest, (0.37 * i + k) % 360, "rotate_to", NAMED[tokens])
             for k in range(planes)
         )
         for i, tokens in enumerate(("all", "generated") * (batch // 2 + 1))
@@ -37,13 +38,13 @@ def measure(plane: Plane, batch: int, planes: int, device: torch.device) -> dict
 
     def timed(step: int) -> tuple[float, float]:
         start = time.perf_counter()
-        rows.put(step % batch, rotations[step % batch], 20)
+        rows.put(step % batch, operations[step % batch], 20)
         put = time.perf_counter()
         rows.write(places, scheduled, computed)
         return put - start, time.perf_counter() - put
 
     for place in range(batch):
-        rows.put(place, rotations[place], 20)
+        rows.put(place, operations[place], 20)
     places = np.arange(batch)
     scheduled, computed = np.ones(batch, np.int32), np.full(batch, 30, np.int32)
     times = [timed(step) for step in range(STEPS)]

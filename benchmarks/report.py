@@ -72,7 +72,10 @@ def write() -> None:
             parts.append(f"{NOT_RUN if name == 'kernels' else 'Not run.'}\n")
             continue
         content = json.loads(file.read_text())
-        parts += [_says(content["machine"]), table(content["rows"])]
+        parts += [_says(content["machine"])]
+        if note := content.get("note"):
+            parts.append(f"{note}\n")
+        parts.append(table(content["rows"]))
     RESULTS.write_text("\n".join(parts))
 
 

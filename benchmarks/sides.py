@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from steering_planes import Extraction, Plane, PlaneConfig, Site, orthonormalise
+from steering_planes import ClassMeans, Extraction, Plane, PlaneConfig, Site, orthonormalise
 from steering_server.bundled_model import ensure
 
 MODEL = "smollm2"
@@ -39,7 +39,7 @@ class Side:
 
 
 def all_sites(folder: Path) -> list[str]:
-    """A plane of random bases at every site of the model."""
+    """A plane of random bases and class means at every site of the model."""
     bundled = Plane.load(BUNDLED).config
     sites = tuple(
         Site(layer, role) for layer in range(bundled.num_layers) for role in ("attn_in", "mlp_in")
@@ -47,7 +47,9 @@ def all_sites(folder: Path) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     config = PlaneConfig(
         **{
-            **bundled.model_dump(exclude={"sites", "statistics", "extraction", "name"}),
+            **bundled.model_dump(
+                exclude={"format_version", "sites", "statistics", "extraction", "name"}
+            ),
             "name": "all",
             "sites": sites,
             "extraction": Extraction(method="random", data="none", n=1, seed=0),
@@ -57,8 +59,14 @@ def all_sites(folder: Path) -> list[str]:
         site: orthonormalise(torch.randn(2, bundled.hidden_size, generator=generator))
         for site in sites
     }
-    Plane(config, bases).save(folder / "all")
+    means = {site: _random_means(generator) for site in sites}
+    Plane(config, bases, means).save(folder / "all")
     return ["--steering-plane", f"all={folder / 'all'}"]
+
+
+def _random_means(generator: torch.Generator) -> ClassMeans:
+    p1, p2, n1, n2 = torch.randn(4, generator=generator).tolist()
+    return ClassMeans((p1, p2), (n1, n2), rho=1.0)
 
 
 _WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from servers import command
-from steering_planes import Plane
+from steering_kernels import Mode, encode_row, steer
+from steering_planes import Plane, Site, find_sites
+from steering_planes.contrast import read_contrast
+from steering_server.activations import hooked, prompt_text
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
@@ -46,6 +50,39 @@ def test_the_recorded_command_gives_the_same_plane(smollm2: Path, tmp_path: Path
     bundled, again = Plane.load(SENTIMENT), Plane.load(tmp_path / "sentiment")
     assert again.sites == bundled.sites
     assert again.config.extraction == bundled.config.extraction
+    assert again.means is not None
+    assert bundled.means is not None
     for site in bundled.sites:
         cosines = (again.bases[site].double() * bundled.bases[site].double()).sum(1)
         assert torch.all(cosines.abs() >= 0.999), (site, cosines)
+        assert again.means[site].rho == pytest.approx(bundled.means[site].rho, rel=0.01), site
+
+
+def test_adding_one_moves_the_negative_class_to_where_the_positive_one_is(smollm2: Path) -> None:
+    """At each site alone, in transformers' activations of the examples that the plane is from."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plane = Plane.load(SENTIMENT)
+    assert plane.means is not None
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    norms = find_sites(model, plane.config.num_layers)
+    contrast = read_contrast(REPOSITORY / "steering_vectors/contrast_sets/sentiment.json")
+    row = torch.tensor([[encode_row(Mode.ADD, 0, 0, None, 1.0)]])
+    last: dict[Site, list[Tensor]] = {site: [] for site in plane.sites}
+
+    def record(site: Site, output: Tensor) -> None:
+        last[site].append(output[0, -1])
+
+    with torch.no_grad(), hooked({site: norms[site] for site in plane.sites}, record):
+        for example in contrast.negative:
+            text = prompt_text(tokenizer, example.conversation)
+            model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
+    for site, activations in last.items():
+        h, basis, means = torch.stack(activations), plane.bases[site], plane.means[site]
+        classes = torch.tensor([[*means.positive, *means.negative, means.rho]])
+        moved = steer(h, basis[None], classes, row.expand(len(h), -1, -1))
+        before, after = (float((x @ basis[0]).double().mean()) for x in (h, moved))
+        assert after - before == pytest.approx(means.rho, rel=1e-5), site
+        assert before == pytest.approx(means.negative[0], abs=1e-3 * means.rho), site
+        assert after == pytest.approx(means.positive[0], abs=1e-3 * means.rho), site

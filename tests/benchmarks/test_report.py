@@ -57,18 +57,19 @@ def test_a_run_is_compared_with_the_plain_ones_around_it(benchmarks: Any) -> Non
     ways = [w for w in end_to_end.WAYS if w.side == "selected"]
     order = list(end_to_end.chain(ways, 2))
     steered = [way.angles for way in order if way.side == "selected"]
-    assert steered == ["one", "each", "none", "each", "one", "none"]
+    assert steered == ["one", "each", "mixed", "none", "each", "one", "none", "mixed"]
     runs = [(way, end_to_end.Run(10.0 + i, 1.0, 1.0)) for i, way in enumerate(order)]
 
     def throughputs(way: Any, baseline: Any) -> list[tuple[float, float]]:
         pairs = end_to_end.beside(runs, way, baseline)
         return [(before.throughput, run.throughput) for before, run in pairs]
 
-    one, each, none = ways
-    assert throughputs(one, end_to_end.PLAIN) == [(10, 11), (18, 17)]
-    assert throughputs(each, end_to_end.PLAIN) == [(13, 12), (15, 16)]
-    assert throughputs(none, end_to_end.PLAIN) == [(14, 14), (19, 19)]
-    assert throughputs(each, one) == [(11, 12), (17, 16)]
+    one, each, mixed, none = ways
+    assert throughputs(one, end_to_end.PLAIN) == [(10, 11), (19, 18)]
+    assert throughputs(each, end_to_end.PLAIN) == [(13, 12), (16, 17)]
+    assert throughputs(mixed, end_to_end.PLAIN) == [(13, 14), (22, 21)]
+    assert throughputs(none, end_to_end.PLAIN) == [(16, 15), (19, 20)]
+    assert throughputs(each, one) == [(11, 12), (18, 17)]
 
 
 def test_the_verdict_is_of_the_worst_shape(benchmarks: Any) -> None:

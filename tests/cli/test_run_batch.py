@@ -21,8 +21,10 @@ LINES: dict[str, dict[str, Any]] = {
     "vllm_xargs": {"vllm_xargs": {"steering_angle": 180}},
     "model id": {"model": "smollm2:sentiment@180"},
     "preset": {"model": "gloomy"},
+    "an angle each": {"steering_angles": [180, 0]},
     "nonsense": {"steering_angle": "nonsense"},
     "near miss": {"steer_angle": 180},
+    "angles that are not choices": {"steering_angles": [180, 0], "n": 3},
     "wrapper": {"extra_body": {"steering_angle": 180}},
 }
 STEERED = ("field", "list", "vllm_xargs", "model id", "preset")
@@ -78,7 +80,18 @@ def test_lines_are_steered_with_a_receipt(outputs: dict[str, Any], server: Serve
     assert "steering" not in outputs["plain"]["response"]["body"]
 
 
-@pytest.mark.parametrize("name", sorted(LINES.keys() - {*STEERED, "plain"}))
+def test_a_line_may_have_an_angle_for_each_choice(outputs: dict[str, Any], server: Server) -> None:
+    body = outputs["an angle each"]["response"]["body"]
+    assert body["steering"]["angles"] == [180, 0]
+    for angle, choice in zip((180, 0), body["choices"], strict=True):
+        alone = server.chat(steering_angle=angle).json()["choices"][0]
+        assert choice["message"]["content"] == alone["message"]["content"]
+
+
+REFUSED = sorted(LINES.keys() - {*STEERED, "plain", "an angle each"})
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_line_that_cannot_be_steered_is_refused(outputs: dict[str, Any], name: str) -> None:
     line = outputs[name]
     assert line["response"]["status_code"] == 400

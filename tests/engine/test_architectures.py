@@ -14,7 +14,13 @@ from oracle import Oracle, Turn
 from planes import random_plane
 
 PROMPT = [1, *range(10, 50, 3)]
-TURNS = [("rotate_by", 100.0), ("rotate_to", 200.0)]
+TURNS: list[dict[str, Any]] = [
+    {"mode": "rotate_by", "angle": 100.0},
+    {"mode": "rotate_to", "angle": 200.0},
+    {"mode": "add", "angle": 40.0, "strength": 1.5, "keep_norm": True},
+    {"mode": "ablate", "angle": 10.0, "strength": 1.0},
+    {"mode": "cap", "angle": 300.0, "strength": -1.0},
+]
 
 
 def check(name: str, folder: Path, *, v2: bool) -> None:
@@ -41,17 +47,17 @@ def check(name: str, folder: Path, *, v2: bool) -> None:
     )
     for engine in starting:
         fields: list[dict[str, Any] | None] = [
-            {"steering_mode": mode, "steering_angle": angle} for mode, angle in TURNS
+            {f"steering_{name}": value for name, value in turn.items()} for turn in TURNS
         ]
-        outputs = engine.score([PROMPT] * 3, [*fields, None], 8)
-    turns = [[Turn(plane, angle, mode)] for mode, angle in TURNS]
+        outputs = engine.score([PROMPT] * (len(TURNS) + 1), [*fields, None], 8)
+    turns = [[Turn(plane, **turn)] for turn in TURNS]
     for (ids, logprobs), steering in zip(outputs, [*turns, []], strict=True):
         truth = oracle.logprobs(ids, steering, len(PROMPT))
         expected = truth[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert logprobs == pytest.approx(expected.tolist(), abs=1e-3)
-    plain = torch.tensor(outputs[2][1][: len(PROMPT) - 1])
-    for _, logprobs in outputs[:2]:
-        assert float((torch.tensor(logprobs[: len(plain)]) - plain).abs().max()) > 0.05
+    plain = torch.tensor(outputs[-1][1][: len(PROMPT) - 1])
+    for _, logprobs in outputs[:-1]:
+        assert float((torch.tensor(logprobs[: len(plain)]) - plain).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,37 @@ STEERINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"steering_angle": 180, "steering_mode": "rotate_to", "steering_tokens": "generated"},
         {"angle": 180, "mode": "rotate_to", "tokens": "generated"},
     ),
+    "added": (
+        {"steering_angle": 180, "steering_mode": "add", "steering_strength": 0.5},
+        {"angle": 180, "mode": "add", "strength": 0.5},
+    ),
+    "capped-below": (
+        {
+            "steering_angle": 180,
+            "steering_mode": "cap",
+            "steering_strength": 0.5,
+            "steering_keep_norm": True,
+        },
+        {"angle": 180, "mode": "cap", "strength": 0.5, "keep_norm": True},
+    ),
+    "fading": (
+        {
+            "steering_angle": {"from": 200, "to": 20, "over": 24},
+            "steering_mode": "rotate_to",
+            "steering_tokens": {"prompt": [-6, None], "generated": [1, None]},
+        },
+        {
+            "angle": (200, 20, 24),
+            "mode": "rotate_to",
+            "tokens": {"prompt": [-6, None], "generated": [1, None]},
+        },
+    ),
     "prompt": (
         {"steering_angle": -120, "steering_mode": "rotate_by", "steering_tokens": "prompt"},
         {"angle": 240, "mode": "rotate_by", "tokens": "prompt"},
     ),
 }
-SCOPED = ("generated", "prompt")
+SCOPED = ("generated", "prompt", "added", "capped-below", "fading")
 TOKENS = 32
 
 
@@ -54,25 +79,31 @@ def check(oracle: Oracle, answer: Answer, turns: list[Turn]) -> None:
     assert_greedy(logprobs, len(answer.prompt), answer.tokens, answer.logprobs)
 
 
-# The interpreter is slow: the runner's own part is the same for every plane.
+# The interpreter is slow: fewer prompts there; the runner's own part is the same for every plane.
 @pytest.mark.parametrize(
-    ("engine", "plane"),
+    ("engine", "plane", "prompts", "tokens"),
     [
-        ("v1", "sentiment"),
-        ("v1", "wide"),
+        ("v1", "sentiment", 8, TOKENS),
+        ("v1", "wide", 8, TOKENS),
         # In CI, compiled answers are compared with eager ones.
-        pytest.param("v1_compiled", "sentiment", marks=pytest.mark.slow),
-        pytest.param("v1_compiled", "wide", marks=pytest.mark.slow),
-        ("v2", "sentiment"),
+        pytest.param("v1_compiled", "sentiment", 8, TOKENS, marks=pytest.mark.slow),
+        pytest.param("v1_compiled", "wide", 8, TOKENS, marks=pytest.mark.slow),
+        ("v2", "sentiment", 2, 12),
+        pytest.param("v2", "sentiment", 8, TOKENS, marks=pytest.mark.slow),
     ],
     indirect=["engine"],
 )
 def test_every_steering_equals_transformers(
-    engine: Engine, oracle: Oracle, planes: dict[str, Path], plane: str
+    engine: Engine,
+    oracle: Oracle,
+    planes: dict[str, Path],
+    plane: str,
+    prompts: int,
+    tokens: int,
 ) -> None:
-    asked = [(p, name) for name in STEERINGS for p in PROMPTS[: 2 if name in SCOPED else None]]
+    asked = [(p, name) for name in STEERINGS for p in PROMPTS[: 2 if name in SCOPED else prompts]]
     fields = [{"steering_plane": plane, **STEERINGS[name][0]} for _, name in asked]
-    answers = engine.chat([prompt for prompt, _ in asked], fields, TOKENS)
+    answers = engine.chat([prompt for prompt, _ in asked], fields, tokens)
     for (_, name), answer in zip(asked, answers, strict=True):
         check(oracle, answer, [Turn(planes[plane], **STEERINGS[name][1])])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,14 +206,14 @@ def test_a_graph_older_than_the_wiring_is_told(
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     late: list[tuple[Any, ...]] = []
-    steer, warm_up = runner.steer, CPUWorker.compile_or_warm_up_model
+    wire, warm_up = runner.wire, CPUWorker.compile_or_warm_up_model
 
     def wire_now(worker: Any) -> Any:
         for args in late:
-            steer(*args)
+            wire(*args)
         return warm_up(worker)
 
-    monkeypatch.setattr(runner, "steer", lambda *args: late.append(args))
+    monkeypatch.setattr(runner, "wire", lambda *args: late.append(args))
     monkeypatch.setattr(CPUWorker, "compile_or_warm_up_model", wire_now)
     message = failure(tiny_llama, **TRACED)
     assert "the graph was made without steering" in message
@@ -227,13 +228,18 @@ def test_rows_of_another_shape_are_named(
     rows = runner.Rows
     monkeypatch.setattr(runner, "Rows", lambda **options: rows(**{**options, **change}))
     message = failure(tiny_llama, max_num_batched_tokens=256)
-    shape = [change.get("max_tokens", 256), change.get("max_planes", 1), 5]
-    assert f"rank 0: site 1.attn_in reads rows of {shape}, not [256, 1, 5]" in message
+    shape = [change.get("max_tokens", 256), change.get("max_planes", 1), 7]
+    assert f"rank 0: site 1.attn_in reads rows of {shape}, not [256, 1, 7]" in message
 
 
 def test_a_bank_of_zeros_is_named(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = Bank._at
-    monkeypatch.setattr(Bank, "_at", staticmethod(lambda *args: at(*args).zero_()))
+    def empty(*args: Any) -> Bank:
+        bank = Bank(*args)
+        for bases in bank.bases.values():
+            bases.zero_()
+        return bank
+
+    monkeypatch.setattr(runner, "Bank", empty)
     message = failure(tiny_llama)
     assert "rank 0: site 1.attn_in has no basis of one, two;" in message
 
@@ -241,8 +247,8 @@ def test_a_bank_of_zeros_is_named(tiny_llama: Tiny, monkeypatch: pytest.MonkeyPa
 def test_a_norm_with_a_bank_of_its_own_is_named(
     tiny_llama: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steer = runner.steer
-    monkeypatch.setattr(runner, "steer", lambda n, bank, *rest: steer(n, bank.clone(), *rest))
+    wire = runner.wire
+    monkeypatch.setattr(runner, "wire", lambda n, bank, *rest: wire(n, bank.clone(), *rest))
     assert "site 0.attn_in has bases of another buffer" in failure(tiny_llama)
 
 
@@ -297,10 +303,12 @@ def test_steering_that_turns_nothing_and_changes_something_stops_the_start(
 ) -> None:
     from steering_server.engine import sites
 
-    rotate = sites.rotate
-    monkeypatch.setattr(
-        sites, "rotate", lambda h, bank, rows, *k: rotate(h, bank, rows, *k) + rows[:, 0, 3:4]
-    )
+    steer = sites.steer
+
+    def wrong(h: Tensor, bank: Tensor, classes: Tensor, rows: Tensor, *kernels: Any) -> Tensor:
+        return steer(h, bank, classes, rows, *kernels) + rows[:, 0, 3:4]
+
+    monkeypatch.setattr(sites, "steer", wrong)
     assert "steering that turns nothing changes the hidden states" in failure(tiny_llama)
 
 
@@ -401,9 +409,12 @@ def test_a_pass_has_probes_of_one_rank() -> None:
 CONFIG: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=64))
 
 
-def reports(planes: list[Plane], **values: Any) -> list[WorkerReport]:
+def reports(planes: list[Plane], of_norm: Any = (), **values: Any) -> list[WorkerReport]:
     """Of a pipeline of two stages, with two layers each."""
-    norm = NormReport(rows=(64, 1, 5), bank=(8, 2, 128), slots=frozenset({0, 1, 2}))
+    of_norm = dict(of_norm)
+    every = frozenset({0, 1, 2})
+    norm = NormReport((64, 1, 7), (8, 2, 128), (8, 5), slots=every, known=every)
+    norm = replace(norm, **of_norm)
     whole: dict[str, Any] = {"wired": True, "digests": tuple(p.digest for p in planes)}
     return [
         WorkerReport(
@@ -426,6 +437,8 @@ def reports(planes: list[Plane], **values: Any) -> list[WorkerReport]:
         ({}, None),
         ({"digests": ()}, "rank 1 holds other planes than one, two, three"),
         ({"wired": False}, "rank 1 loaded its model without steering"),
+        ({"of_norm": {"classes": ()}}, "class means of another buffer, not .slots, 5."),
+        ({"of_norm": {"known": frozenset({0, 2})}}, r"site 1\.attn_in has no class means of two"),
     ],
 )
 def test_the_workers_together_have_every_site(

@@ -1,4 +1,4 @@
-"""A norm that was steered returns what it did, rotated, whichever kernels do it."""
+"""A norm that was steered returns what it did, operated on, whichever kernels do it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from steering_kernels import Mode, encode_row, identity_row, reference
 from steering_planes import orthonormalise
-from steering_server.engine.sites import is_fusable, steer
+from steering_server.engine.sites import is_fusable, wire
 
 HIDDEN = 96
 BANK = orthonormalise(torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0)))[None]
+CLASSES = torch.tensor([[1.0, 0.5, -1.0, 0.25, 2.5]])
 ROWS = torch.tensor(
-    [[encode_row(Mode.ROTATE_TO, 20.0 * i, 0) if i % 3 else identity_row()] for i in range(8)]
+    [
+        [
+            encode_row(mode, 20.0 * i, 0, None, 0.5, mode > Mode.ROTATE_TO)
+            if mode
+            else identity_row()
+        ]
+        for i, mode in enumerate((*Mode, Mode.ADD, Mode.OFF))
+    ]
 )
 
 
@@ -60,16 +68,16 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 
 
 def expected(out: Tensor) -> Tensor:
-    return reference.rotate(out, BANK, ROWS[: len(out)])
+    return reference.steer(out, BANK, CLASSES, ROWS[: len(out)])
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("name", NORMS)
-def test_a_steered_norm_is_the_norm_rotated(name: str, kernels: Any) -> None:
+def test_a_steered_norm_is_the_norm_operated_on(name: str, kernels: Any) -> None:
     make, fusable = NORMS[name]
     norm, plain = make(), make()
     assert is_fusable(norm) == fusable
-    steer(norm, BANK, ROWS, kernels)
+    wire(norm, BANK, CLASSES, ROWS, kernels)
     assert isinstance(norm, type(plain))
     fused = "FusedNorm" in type(norm).forward.__qualname__
     assert fused == (fusable and kernels == "triton")
@@ -87,7 +95,7 @@ def test_a_steered_norm_is_the_norm_rotated(name: str, kernels: Any) -> None:
 def test_the_shape_of_transformers_is_kept(kernels: Any) -> None:
     """[1, T, d], where vLLM runs transformers' own modules."""
     norm, plain = rms_norm(), rms_norm()
-    steer(norm, BANK, ROWS, kernels)
+    wire(norm, BANK, CLASSES, ROWS, kernels)
     x = torch.randn(1, 6, HIDDEN)
     out = norm(x.clone())
     assert out.shape == x.shape
@@ -100,7 +108,7 @@ def test_nothing_is_asked_of_the_number_of_tokens(name: str, kernels: Any) -> No
     """One graph for any, traced without knowing it, as under vLLM's dynamic shapes "unbacked"."""
     make, _ = NORMS[name]
     norm, plain = make(), make()
-    steer(norm, BANK, ROWS, kernels)
+    wire(norm, BANK, CLASSES, ROWS, kernels)
 
     def step(norm: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = norm(x + 1)
@@ -131,16 +139,18 @@ def test_a_batch_invariant_norm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_names_in_the_module_tree_stay() -> None:
-    """Weight loading and LoRA see what they know; sleep mode sees the bank and the rows."""
+    """Weight loading and LoRA see what they know; sleep mode sees the buffers."""
     norm = rms_norm()
     before = {name for name, _ in norm.named_parameters()}, set(norm.state_dict())
-    steer(norm, BANK, ROWS, "torch")
+    wire(norm, BANK, CLASSES, ROWS, "torch")
     assert ({name for name, _ in norm.named_parameters()}, set(norm.state_dict())) == before
-    assert {"steering_bank", "steering_rows"} <= {name for name, _ in norm.named_buffers()}
+    assert {"steering_bank", "steering_classes", "steering_rows"} <= {
+        name for name, _ in norm.named_buffers()
+    }
 
 
 def test_twice_is_refused() -> None:
     norm = rms_norm()
-    steer(norm, BANK, ROWS, "torch")
+    wire(norm, BANK, CLASSES, ROWS, "torch")
     with pytest.raises(RuntimeError, match="retyped"):
-        steer(norm, BANK, ROWS, "torch")
+        wire(norm, BANK, CLASSES, ROWS, "torch")

@@ -11,6 +11,7 @@ from planes import random_plane
 from steering_planes import Plane
 from steering_server.http.middleware import SteeringMiddleware
 from steering_server.request.admission import Admission
+from steering_server.request.generation import Generation
 from steering_server.request.ticket import CURRENT
 
 WORD = b'data: {"id":"c","choices":[]}\n\n'
@@ -26,7 +27,7 @@ def streamed(
         ticket = CURRENT.get()
         assert ticket is not None
         ticket.read_json(dict(body))
-        ticket.give(None)
+        ticket.give(None, Generation())
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for part in parts:

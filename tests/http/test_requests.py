@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from servers import Server
+from steering_server.request.ask import FAN, FIELDS
 
 OCEAN = "Tell me about the ocean."
 
@@ -29,7 +30,7 @@ def test_an_angle_changes_the_answer_and_the_header_says_so(server: Server) -> N
         server.chat(steering_angle=180),
         server.chat(),
     )
-    assert len({text(cheerful), text(gloomy)}) == 2
+    assert text(cheerful) != text(gloomy)
     header = gloomy.headers["steering"]
     plane = server.client.get("/v1/steering/planes/sentiment").json()
     layers = ",".join(map(str, plane["layers"]))
@@ -123,6 +124,52 @@ def test_every_generating_route_is_steered(
     assert refused.json()["error"]["message"].startswith("steering_angle = 361")
 
 
+RAMP = {"from": 180, "to": 0, "over": 8}
+WINDOW = {"prompt": [-4, None], "generated": [0, 12]}
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        {"vllm_xargs": {"steering_angle": "180..0/8", "steering_mode": "add",
+                        "steering_strength": 1.5, "steering_keep_norm": True,
+                        "steering_tokens": "prompt[-4:],generated[0:12]"}},
+        {"model": "smollm2:@180..0/8,add,strength=1.5,keep_norm,prompt[-4:],generated[:12]"},
+        {"steering": [{"angle": RAMP, "mode": "add", "strength": 1.5, "keep_norm": True,
+                       "tokens": WINDOW}]},
+        {"header": True},
+    ],
+    ids=["vllm_xargs", "model id", "list", "header"],
+)  # fmt: skip
+def test_an_operations_fields_are_carried_as_the_angle_is(
+    server: Server, carried: dict[str, Any]
+) -> None:
+    fields = {
+        "steering_angle": RAMP,
+        "steering_mode": "add",
+        "steering_strength": 1.5,
+        "steering_keep_norm": True,
+        "steering_tokens": WINDOW,
+    }
+    expected = server.chat(**fields)
+    receipt = expected.json()["steering"]
+    assert receipt["angle"] == RAMP
+    assert (receipt["mode"], receipt["strength"], receipt["keep_norm"]) == ("add", 1.5, True)
+    assert receipt["tokens"] == WINDOW
+    assert 'strength=1.5, keep_norm=?1, tokens="prompt[-4:],generated[:12]"' in expected.headers[
+        "steering"
+    ]  # fmt: skip
+    if carried == {"header": True}:
+        body = {"model": "smollm2", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+        headers = {"steering": expected.headers["steering"]}
+        answer = server.client.post("/v1/chat/completions", json=body, headers=headers)
+    else:
+        answer = server.chat(**carried)
+    assert text(answer) == text(expected)
+    assert answer.headers["steering"] == expected.headers["steering"]
+    assert text(expected) not in (text(server.chat()), text(server.chat(steering_angle=180)))
+
+
 def test_three_choices_are_three_steered_choices(server: Server) -> None:
     alone = text(server.chat(steering_angle=180))
     response = server.chat(steering_angle=180, n=3, top_k=1, temperature=1)
@@ -131,6 +178,8 @@ def test_three_choices_are_three_steered_choices(server: Server) -> None:
     answers = [choice["message"]["content"] for choice in response.json()["choices"]]
     assert answers == [alone] * 3
 
+
+ADDED = {"steering_angle": 1, "steering_mode": "add", "steering_strength": 1.5}
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"steering_angle": "x"}, "steering_angle", "'x'"),
@@ -145,6 +194,33 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"steering_angle": 1, "vllm_xargs": {"steering_angle": 2}}, "steering_angle", "1"),
     ({"steering_angle": 1, "use_beam_search": True, "n": 2}, "use_beam_search", "True"),
     ({"steering": [{"angle": 1}, {"angle": 2}]}, "steering", "angle"),
+    ({"steering_angle": 1, "steering_mode": "add"}, "steering_strength", "null"),
+    ({**ADDED, "steering_strength": float("nan")}, "steering_strength", "nan"),
+    ({**ADDED, "steering_strength": 1001}, "steering_strength", "1001"),
+    ({**ADDED, "steering_mode": "ablate"}, "steering_strength", "1.5"),
+    ({**ADDED, "steering_mode": "rotate_to"}, "steering_strength", "1.5"),
+    ({**ADDED, "steering_keep_norm": "yes"}, "steering_keep_norm", "'yes'"),
+    *(
+        ({"steering_angle": 1, "steering_tokens": tokens}, "steering_tokens", shown)
+        for tokens, shown in (
+            ({"prompt": [3, 3]}, "3, 3"),
+            ({"prompt": [3, 2]}, "3, 2"),
+            ({"generated": [0.5, 2]}, "0.5"),
+            ({"generated": [-4, None]}, "-4"),
+            # Known only once the prompt's length is.
+            ({"prompt": [900, None]}, "900"),
+            ({"prompt": [-900, -800]}, "-900"),
+        )
+    ),
+    ({"steering_angle": {"from": 1, "to": 2, "over": 0}}, "steering_angle.over", "0"),
+    ({"steering_angles": [1, 2], "n": 3}, "n", "3"),
+    ({"steering_angles": [1, 2], "n": 1}, "n", "1"),
+    ({"steering_angles": []}, "steering_angles", "[]"),
+    ({"steering_angles": [0] * 16385}, "steering_angles", "16384"),
+    ({"steering_angles": [1, 361]}, "steering_angles[1]", "361"),
+    ({"steering_angles": [1], "steering_angle": 1}, "steering_angle", "1"),
+    ({"steering_angles": [1], "steering": [{"angle": 1}]}, "steering", "angle"),
+    ({"steering": [{"angles": [1, 2]}, {"angle": 1}]}, "steering[0].angles", "1"),
 ]
 
 
@@ -215,6 +291,7 @@ def test_planes_are_listed(server: Server) -> None:
     detail = server.client.get(f"/v1/steering/planes/{card['id']}").json()
     assert card["id"] == "sentiment"
     assert card["default_mode"] == "rotate_to"
+    assert card["modes"] == ["rotate_by", "rotate_to", "add", "ablate", "cap"]
     assert card.items() <= detail.items()
     assert detail["extraction"]["n"] >= 80
     missing = server.client.get("/v1/steering/planes/none")
@@ -226,8 +303,12 @@ def test_openapi_has_the_fields(server: Server) -> None:
     schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
     for name in ("ChatCompletionRequest", "CompletionRequest"):
         fields = schemas[name]["properties"]
-        assert {"steering_angle", "steering_plane", "steering_mode", "steering"} <= fields.keys()
+        assert {f"steering_{name}" for name in (*FIELDS, FAN)} | {"steering"} <= fields.keys()
         assert "degrees" in fields["steering_angle"]["description"].lower()
+    # Its answer has no choices.
+    fields = schemas["ResponsesRequest"]["properties"]
+    assert "steering_strength" in fields
+    assert "steering_angles" not in fields
 
 
 def test_metrics_count_what_was_steered_and_what_was_refused(server: Server) -> None:
@@ -248,3 +329,6 @@ def test_metrics_count_what_was_steered_and_what_was_refused(server: Server) -> 
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, usage["total_tokens"], 1]
     generated = server.chat(steering_angle=10, steering_tokens="generated").json()["usage"]
     assert counts()[1] - after[1] == generated["completion_tokens"]
+    before = counts()
+    server.chat(steering_angle=10, steering_tokens={"prompt": [-3, None], "generated": [2, 5]})
+    assert counts()[1] - before[1] == 3 + 3

@@ -94,6 +94,11 @@ REFUSED: dict[str, Callable[[Call], Any]] = {
     "400 digits": lambda c: c.add(steering_angle=10**400),
     "a gate of 400 digits": lambda c: c.add(steering_angle=1, steering_gate=10**400),
     "deep": lambda c: c.inside("vllm_xargs", steering="[" * 100_000),
+    "a strength of a rotation": lambda c: c.add(steering_angle=1, steering_strength=1),
+    "no strength": lambda c: c.add(model="smollm2:@1,add"),
+    "a window the wrong way": lambda c: c.headers.update(steering='angle=1, tokens="prompt[4:2]"'),
+    "a ramp over nothing": lambda c: c.inside("vllm_xargs", steering_angle="9..0/0"),
+    "angles that are not choices": lambda c: c.add(steering_angles=[1, 2], n=3),
     "not a mode": lambda c: c.add(steering_angle=1, steering_mode=["rotate_to"]),
 }
 

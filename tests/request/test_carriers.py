@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from steering_server.request.admission import SteeringError
 from steering_server.request.carriers import read_header, split_model, take_body, take_form
+from steering_server.request.error import SteeringError
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,12 @@ def test_a_forms_numbers_are_text() -> None:
     assert take_form(form) == {"steering_angle": 90.0, "steering_gate": None}
     assert form == {"model": "m"}
     assert take_form({"steering_angle": "x"}) == {"steering_angle": "x"}
+    form = {"steering_strength": "0.5", "steering_keep_norm": "true", "steering_tokens": "all"}
+    assert take_form(form) == {
+        "steering_strength": 0.5,
+        "steering_keep_norm": True,
+        "steering_tokens": "all",
+    }
     form = {"vllm_xargs": '{"steering_angle": "90", "b": 2}'}
     assert take_form(form) == {"steering_angle": 90.0}
     assert form == {"vllm_xargs": '{"b": 2}'}
@@ -91,6 +97,30 @@ def test_an_object_in_a_form_may_be_sent_in_brackets() -> None:
         ),
         ('angle="12.34567"', [{"angle": 12.34567}]),
         (
+            'angle="180..0/64", mode=add, strength=1.5, keep_norm=?1, tokens="prompt[-4:]"',
+            [
+                {
+                    "angle": "180..0/64",
+                    "mode": "add",
+                    "strength": 1.5,
+                    "keep_norm": True,
+                    "tokens": "prompt[-4:]",
+                }
+            ],
+        ),
+        (
+            'angles=(0 45.5 "0..9/3"), plane="p"',
+            [{"plane": "p", "angles": [0.0, 45.5, "0..9/3"]}],
+        ),
+        ("angles=(0)", [{"angles": [0.0]}]),
+        (
+            'plane=("p" "q"), angle=(1 2), strength=(?0 0.5)',
+            [
+                {"plane": "p", "angle": 1.0, "strength": None},
+                {"plane": "q", "angle": 2.0, "strength": 0.5},
+            ],
+        ),
+        (
             'plane=("p" "q"), angle=(1 2)',
             [{"plane": "p", "angle": 1.0}, {"plane": "q", "angle": 2.0}],
         ),
@@ -107,6 +137,7 @@ def test_a_header_is_a_structured_dictionary(text: str, items: list[dict[str, An
         "angle=",
         "angel=3",
         "angle=(1 2), plane=p",
+        'angles=(1 2), plane=("p" "q")',
         'plane="p";angle=9',
         "angle 3",
         "\x00",
@@ -136,6 +167,19 @@ def split(model: str, **options: Any) -> Any:
         ("m:p@90", ("m", P90)),
         ("m@90", ("m", [{"angle": 90.0}])),
         ("m:@90,rotate_by", ("m", [{"angle": 90.0, "mode": "rotate_by"}])),
+        (
+            "m:p@1..2/3,prompt[-4:]",
+            (
+                "m",
+                [
+                    {
+                        "plane": "p",
+                        "angle": {"from": 1.0, "to": 2.0, "over": 3},
+                        "tokens": {"prompt": [-4, None]},
+                    }
+                ],
+            ),
+        ),
         ("lora:p@90", ("lora", P90)),
         ("org/m:v1:p@90", ("org/m:v1", P90)),
         ("org/m:v1@90", ("org/m:v1", [{"angle": 90.0}])),

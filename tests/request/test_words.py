@@ -28,6 +28,19 @@ from steering_server.request.words import parse_words
             ],
         ),
         (
+            "a@180..-0.5/64,add,strength=-1.5,keep_norm,prompt[-4:],generated[:16]",
+            [
+                {
+                    "plane": "a",
+                    "angle": {"from": 180.0, "to": -0.5, "over": 64},
+                    "mode": "add",
+                    "strength": -1.5,
+                    "keep_norm": True,
+                    "tokens": {"prompt": [-4, None], "generated": [None, 16]},
+                }
+            ],
+        ),
+        (
             "a@1,gate=none+b@2",
             [{"plane": "a", "angle": 1.0, "gate": None}, {"plane": "b", "angle": 2.0}],
         ),
@@ -46,6 +59,11 @@ def test_words_are_items(words: str, items: list[dict[str, Any]]) -> None:
         ("a@1,turn", "unknown word 'turn'"),
         ("a@1,all,prompt", "'prompt' says the tokens a second time"),
         ("a@1,gate=x", "a number or none"),
+        ("a@1,strength=x", "a number after 'strength='"),
+        ("a@1..2", "FROM..TO/OVER"),
+        ("a@1,prompt[:2],prompt[3:]", "says the tokens a second time"),
+        ("a@1,all,prompt[3:]", "says the tokens a second time"),
+        ("a@1,prompt[3]", "slices as in"),
         ("a@1+", "must name a plane or an angle"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Workers on which steering is broken, on rank 1 alone; vLLM takes them by name."""
+"""Workers that are not as vLLM's are; vLLM takes them by name."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ class Bypassed(CPUWorker):  # type: ignore[misc]
         if self.rank == 1:
             bypass(2)
         super().load_model(*args, **kwargs)
+
+
+class LeftInTheDark(CPUWorker):  # type: ignore[misc]
+    """As with drafts in flight under asynchronous scheduling, which a CPU does not have: the host
+    knows an upper bound of the tokens computed, and the device each token's position."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.model_runner.model_state.steering_by_device = True
+        rows = self.model_runner.model_state.steering
+        write = rows.write
+
+        def bounded(places: Any, scheduled: Any, computed: Any, positions: Any = None) -> None:
+            write(places, scheduled, computed + 3, positions)
+
+        rows.write = bounded
 
 
 def bypass(layer: int) -> Any:

@@ -36,14 +36,15 @@ class Engine:
     Args:
         llm: a started ``vllm.LLM``.
 
-    ``preemptions`` and ``accepted_drafts`` count where the engine keeps statistics
-    (``disable_log_stats=False``).
+    ``preemptions``, ``accepted_drafts`` and ``computed_prompt_tokens`` (those that no cached block
+    gave) count where the engine keeps statistics (``disable_log_stats=False``).
     """
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
         self.preemptions = 0
         self.accepted_drafts = 0
+        self.computed_prompt_tokens = 0
         # Not from Prometheus: a process has one registry, which the engine started last owns.
         if (manager := llm.llm_engine.logger_manager) is not None:
             manager.record = self._counted(manager.record)
@@ -52,6 +53,8 @@ class Engine:
         def counted(*, scheduler_stats: Any, iteration_stats: Any, **rest: Any) -> None:
             if iteration_stats is not None:
                 self.preemptions += iteration_stats.num_preempted_reqs
+            prefixes = scheduler_stats.prefix_cache_stats
+            self.computed_prompt_tokens += prefixes.queries - prefixes.hits
             if scheduler_stats.spec_decoding_stats is not None:
                 self.accepted_drafts += scheduler_stats.spec_decoding_stats.num_accepted_tokens
             record(scheduler_stats=scheduler_stats, iteration_stats=iteration_stats, **rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from oracle import Oracle, Turn, assert_greedy
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: a prompt's ids, the rotations, and how it is sampled."""
+    """One request: a prompt's ids, the operations, and how it is sampled."""
 
     prompt: list[int]
     turns: list[Turn]
@@ -27,6 +27,14 @@ class Ask:
     """At temperature 1, without a seed: on the CPU, V1 cannot rewind a seeded generator after a
     prompt's first chunks ("CPU Generator does not use offset"), steered or not."""
     prompt_logprobs: bool = False
+    fan: tuple[Any, ...] = ()
+    """The angle of each choice, in place of the one operation's."""
+
+    def turns_of(self, choice: int) -> list[Turn]:
+        """What steers one choice."""
+        if not self.fan:
+            return self.turns
+        return [replace(turn, angle=self.fan[choice]) for turn in self.turns]
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,10 @@ def asks(
     longest: int = 100,
     vocabulary: int = 256,
 ) -> list[Ask]:
-    """``count`` requests over plane, mode, angle, scope, gate, several planes, prompt and n.
+    """``count`` requests over plane, operation, angle, strength, window, gate, several planes,
+    prompt, n and angles for each choice.
 
-    ``greedy`` leaves out the sampled ones, and with them n > 1.
+    ``greedy`` leaves out the sampled ones, and with them n > 1 but for angles.
     """
     rng = random.Random(seed)
     # A few stems, cut at random: prefixes meet in the cache under different steerings.
@@ -67,41 +76,69 @@ def asks(
         prompt = [*rng.choice(stems)[: rng.randint(1, longest - 2)], rng.randrange(3, vocabulary)]
         turns = [_turn(rng, planes) for _ in range(rng.choice((0, 1, 1, 1, 1, 2)))]
         sampled = not greedy and rng.random() < 0.4
+        fan = ()
+        if len(turns) == 1 and rng.random() < 0.15:
+            fan = tuple(_turn(rng, planes).angle for _ in range(rng.choice((1, 2, 3))))
         made.append(
             Ask(
                 prompt=prompt,
                 turns=turns,
-                fields=fields(turns, planes),
+                fields=fields(turns, planes, fan),
                 tokens=rng.choice((1, 2, 5, 9, 14, 33)),
-                n=rng.choice((1, 2, 3)) if sampled else 1,
+                n=len(fan) or (rng.choice((1, 2, 3)) if sampled else 1),
                 sampled=sampled,
-                prompt_logprobs=rng.random() < 0.2,
+                prompt_logprobs=not fan and rng.random() < 0.2,
+                fan=fan,
             )
         )
     return made
 
 
+STRENGTHS = {"add": (-2.0, 2.0), "ablate": (0.05, 1.0), "cap": (-1.0, 1.0)}
+PARTS = (
+    {"prompt": [-4, None]},
+    {"prompt": [None, 1], "generated": [3, None]},
+    {"prompt": [-1, None], "generated": [0, 5]},
+    {"generated": [2, 7]},
+    {"generated": [1, None]},
+)
+
+
 def _turn(rng: random.Random, planes: Mapping[str, Path]) -> Turn:
+    mode = rng.choice(("rotate_by", "rotate_to", *STRENGTHS))
+    ramp = (rng.uniform(-360, 360), rng.choice((0.0, 180.0)), rng.choice((1, 3, 20)))
     return Turn(
         plane=planes[rng.choice(sorted(planes))],
-        angle=rng.choice((0.0, 90.0, 180.0, -90.0, rng.uniform(-360, 360))),
-        mode=rng.choice(("rotate_by", "rotate_to")),
+        angle=rng.choice((0.0, 90.0, 180.0, -90.0, rng.uniform(-360, 360), ramp)),
+        mode=mode,
         # Never 0: a rotation to 90 degrees before it leaves c1 there, and rounding decides.
         gate=rng.choice((None, None, rng.uniform(0.01, 0.5), rng.uniform(-0.5, -0.01))),
-        tokens=rng.choice(("all", "prompt", "generated")),
+        tokens=rng.choice(("all", "prompt", "generated", *PARTS)),
+        strength=rng.uniform(*STRENGTHS[mode]) if mode in STRENGTHS else None,
+        keep_norm=rng.random() < 0.5,
     )
 
 
-def fields(turns: Sequence[Turn], planes: Mapping[str, Path]) -> dict[str, Any] | None:
+def _angle(angle: Any) -> Any:
+    if isinstance(angle, tuple):
+        return dict(zip(("from", "to", "over"), angle, strict=True))
+    return angle
+
+
+def fields(
+    turns: Sequence[Turn], planes: Mapping[str, Path], fan: Sequence[Any] = ()
+) -> dict[str, Any] | None:
     """``turns`` as a request's fields: flat for one, a list for several."""
     names = {path: name for name, path in planes.items()}
     items = [
         {
             "plane": names[turn.plane],
-            "angle": turn.angle,
+            **({"angles": [*map(_angle, fan)]} if fan else {"angle": _angle(turn.angle)}),
             "mode": turn.mode,
             "gate": turn.gate,
             "tokens": turn.tokens,
+            "strength": turn.strength,
+            "keep_norm": turn.keep_norm,
         }
         for turn in turns
     ]
@@ -132,7 +169,7 @@ def send(
             ask = requests[index]
             params = SamplingParams(
                 temperature=1.0 if ask.sampled else 0.0,
-                n=ask.n,
+                n=1 if ask.fan else ask.n,
                 max_tokens=ask.tokens,
                 ignore_eos=True,
                 detokenize=False,
@@ -175,10 +212,10 @@ def _reply(output: Any) -> Reply:
 def check(oracle: Oracle, ask: Ask, reply: Reply) -> None:
     """The reply is the oracle's: each log-probability, and greedy choices token by token."""
     assert len(reply.choices) == ask.n, ask
-    for choice in reply.choices:
+    for index, choice in enumerate(reply.choices):
         assert len(choice.tokens) == ask.tokens, ask
         ids = ask.prompt + choice.tokens
-        logprobs = oracle.logprobs(ids, ask.turns, len(ask.prompt))
+        logprobs = oracle.logprobs(ids, ask.turns_of(index), len(ask.prompt))
         if not ask.sampled:
             assert_greedy(logprobs, len(ask.prompt), choice.tokens, choice.logprobs)
         got = [*(reply.prompt_logprobs or ()), *choice.logprobs]

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steering_planes import Plane, Site
+from steering_kernels import CLASSES_WIDTH
+from steering_planes import ClassMeans, Plane, Site
 
 SLOTS = 8
 """The fewest slots; those that no plane needs are zero. The proof at start-up tries as many sites
@@ -16,10 +17,10 @@ in one forward pass as there are slots (see :mod:`.proof`)."""
 
 
 class Bank:
-    """Bases of all loaded planes, as the rotation reads them.
+    """Bases and class means of all loaded planes, as the kernels read them.
 
-    A slot holds one plane. At a site that the plane does not select its basis is zero, which the
-    rotation leaves alone.
+    A slot holds one plane. At a site that the plane does not select both are zero, which every
+    operation leaves alone.
 
     Args:
         planes: the loaded planes; slots are given in this order.
@@ -32,19 +33,22 @@ class Bank:
     ) -> None:
         planes = list(planes)
         self._slots = {plane.digest: slot for slot, plane in enumerate(planes)}
+        sites, slots = list(sites), max(len(planes), SLOTS)
         self.bases: Mapping[Site, Tensor] = {
-            site: self._at(site, planes).to(device) for site in sites
+            site: torch.zeros(slots, 2, planes[0].config.hidden_size, device=device)
+            for site in sites
         }
         """Site -> [slots, 2, hidden] float32; at addresses that never change."""
-
-    @staticmethod
-    def _at(site: Site, planes: list[Plane]) -> Tensor:
-        hidden = planes[0].config.hidden_size
-        stack = torch.zeros(max(len(planes), SLOTS), 2, hidden, dtype=torch.float32)
+        self.classes: Mapping[Site, Tensor] = {
+            site: torch.zeros(slots, CLASSES_WIDTH, device=device) for site in sites
+        }
+        """Site -> [slots, 5] float32, see :mod:`steering_kernels.rows`; likewise. Zero of a plane
+        without class means, which admission asks for no operation that needs them."""
         for slot, plane in enumerate(planes):
-            if site in plane.bases:
-                stack[slot] = plane.bases[site]
-        return stack
+            for site in plane.bases.keys() & self.bases.keys():
+                self.bases[site][slot] = plane.bases[site]
+                if plane.means is not None:
+                    self.classes[site][slot] = _row_of(plane.means[site])
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -88,3 +92,8 @@ class Bank:
             self._slots = planes
             for site, basis in held.items():
                 self.bases[site].copy_(basis)
+
+
+def _row_of(means: ClassMeans) -> Tensor:
+    """[5], in the order of :mod:`steering_kernels.rows`."""
+    return torch.tensor([*means.positive, *means.negative, means.rho])

@@ -46,7 +46,9 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         return namespace, rest
 
     parser.parse_known_args = parse_known_args
-    group = parser.add_argument_group("steering", "Rotating activations, by an angle per request.")
+    group = parser.add_argument_group(
+        "steering", "Turning, moving and limiting activations in a plane, as each request asks."
+    )
     group.add_argument(
         "--steering-plane",
         action="append",
@@ -69,7 +71,7 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
     group.add_argument(
         "--steering-kernels",
         choices=["auto", "triton", "torch"],
-        help="What rotates: Triton's kernels or plain torch in the model's graph (default: the "
+        help="What steers: Triton's kernels or plain torch in the model's graph (default: the "
         "faster one on this device).",
     )
     group.add_argument(
@@ -81,7 +83,7 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         "--steering-default",
         metavar="WORDS",
         help="What steers a request that says nothing of it, as in sentiment@90 or "
-        "sentiment@180,rotate_by,generated+style@45 (default: nothing does).",
+        "sentiment@0,add,strength=0.5,generated+style@45 (default: nothing does).",
     )
     group.add_argument(
         "--steering-required",

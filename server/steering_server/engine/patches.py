@@ -85,6 +85,21 @@ PATCHES = (
         until="stat loggers see a finished request's SamplingParams",
     ),
     Patch(
+        target="vllm.v1.engine.parallel_sampling:ParentRequest._get_child_sampling_params",
+        wrapper="steering_server.engine.requests:child_sampling_params",
+        parameters=("self", "index"),
+        why="each choice of an answer may have an angle of its own; vLLM gives all one set of "
+        "parameters",
+        until="choices can differ in their SamplingParams",
+    ),
+    Patch(
+        target="vllm.sampling_params:SamplingParams._verify_greedy_sampling",
+        wrapper="steering_server.engine.requests:verify_greedy_sampling",
+        parameters=("self",),
+        why="greedy choices that have an angle each are not the same answer n times",
+        until="vLLM leaves n > 1 to the client",
+    ),
+    Patch(
         target="vllm.v1.core.kv_cache_utils:_gen_prompt_embeds_extra_hash_keys",
         wrapper="steering_server.engine.prefix_key:with_steering",
         parameters=("request", "start_token_idx", "end_token_idx"),

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vllm.utils.math_utils import cdiv
 
 from steering_planes import Site
-from steering_server.engine.bank import SLOTS
-from steering_server.request.rotation import EXTRA_ARG, Rotation
+from steering_server.engine.bank import SLOTS, Bank
+from steering_server.request.operation import EXTRA_ARG, Operation
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -48,12 +48,16 @@ class NormReport:
     Attributes:
         rows: shape of the rows that it reads; () if they are not those that the worker writes.
         bank: shape of its bases; () if they are not the worker's.
+        classes: shape of its class means; () likewise.
         slots: those that hold a basis.
+        known: those that hold class means.
     """
 
     rows: tuple[int, ...]
     bank: tuple[int, ...]
+    classes: tuple[int, ...]
     slots: frozenset[int]
+    known: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Seen:
     Attributes:
         step: the kind, in words.
         noise: between two equal steps without steering.
-        identity: between a step without steering and one whose rotations have no basis.
+        identity: between a step without steering and one whose operations have no basis.
         moved: of each pass, for each of its probes, the requests under it.
         beside: of each pass, the request under none of its probes; 0 where all were under one.
         passes: forward passes that it took.
@@ -118,21 +122,32 @@ def describe(worker: Any) -> WorkerReport:
         digests=wiring.bank.digests,
         layers=(wiring.layers.start, wiring.layers.stop),
         norms=tuple(
-            (str(site), _describe_norm(norm, wiring.bank.bases[site], wiring.rows.tokens))
+            (str(site), _describe_norm(norm, wiring.bank, site, wiring.rows.tokens))
             for site, norm in wiring.norms.items()
         ),
         requests=_Steps(worker).requests,
     )
 
 
-def _describe_norm(norm: nn.Module, bases: Tensor, rows: Tensor) -> NormReport:
+def _describe_norm(norm: nn.Module, bank: Bank, site: Site, rows: Tensor) -> NormReport:
     def shape(name: str, live: Tensor) -> tuple[int, ...]:
         buffer: Any = getattr(norm, name, None)
         same = buffer is not None and buffer.data_ptr() == live.data_ptr()
         return tuple(buffer.shape) if same else ()
 
-    held = bases.flatten(1).any(1).nonzero().flatten().tolist()
-    return NormReport(shape("steering_rows", rows), shape("steering_bank", bases), frozenset(held))
+    bases, classes = bank.bases[site], bank.classes[site]
+    return NormReport(
+        shape("steering_rows", rows),
+        shape("steering_bank", bases),
+        shape("steering_classes", classes),
+        _filled(bases),
+        _filled(classes),
+    )
+
+
+def _filled(slots: Tensor) -> frozenset[int]:
+    """Which of the slots are not zero."""
+    return frozenset(slots.flatten(1).any(1).nonzero().flatten().tolist())
 
 
 def look(worker: Any, requests: int, passes: Sequence[Sequence[Probe]]) -> list[Seen]:
@@ -414,8 +429,8 @@ class _Steps:
                 vocabulary // 4 + (7919 * index + 104729 * position) % (vocabulary // 2)
                 for position in range(prompt)
             ]
-            rotation = Rotation("", str(slot), 180.0, "rotate_by", "all", None)
-            steering = {} if slot is None else {EXTRA_ARG: [rotation.to_wire()]}
+            operation = Operation("", str(slot), 180.0, "rotate_by")
+            steering = {} if slot is None else {EXTRA_ARG: [operation.to_wire()]}
             yield NewRequestData(
                 req_id=req_id,
                 prompt_token_ids=tokens,

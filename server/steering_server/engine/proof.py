@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from steering_kernels import ROW_WIDTH
+from steering_kernels import CLASSES_WIDTH, ROW_WIDTH
 from steering_planes import Plane, Site
 from steering_server.engine.probe import Probe, Seen, WorkerReport, describe, largest, look
 from steering_server.engine.settings import Settings, SettingsError
@@ -108,6 +108,7 @@ def check_wiring(
     """
     rows = (config.scheduler_config.max_num_batched_tokens, settings.max_planes, ROW_WIDTH)
     basis = (2, planes[0].config.hidden_size)
+    with_means = {k for k, plane in enumerate(planes) if plane.means is not None}
     problems = []
     for report in reports:
         if not report.wired:
@@ -133,9 +134,17 @@ def check_wiring(
                 problems.append(
                     f"{where} has bases of {_shape(norm.bank)}, not [slots, 2, {basis[1]}]"
                 )
+            elif norm.classes[1:] != (CLASSES_WIDTH,):
+                problems.append(
+                    f"{where} has class means of {_shape(norm.classes)}, "
+                    f"not [slots, {CLASSES_WIDTH}]"
+                )
             elif absent := sorted(selecting - norm.slots):
                 names = ", ".join(list(settings.planes)[k] for k in absent)
                 problems.append(f"{where} has no basis of {names}")
+            elif unknown := sorted((selecting & with_means) - norm.known):
+                names = ", ".join(list(settings.planes)[k] for k in unknown)
+                problems.append(f"{where} has no class means of {names}")
     if all(report.wired for report in reports):
         held = {site for report in reports for site, _ in report.norms}
         problems += [f"site {site} is on no worker" for site in settings.sites if site not in held]
@@ -153,7 +162,7 @@ def judge(
         no probe changed too, which say nothing.
 
     Raises:
-        SettingsError: a rotation without a basis changes something, or nothing can be told.
+        SettingsError: an operation without a basis changes something, or nothing can be told.
     """
     dead: dict[str, list[Probe]] = {}
     unclear: dict[Probe, None] = {}

@@ -17,8 +17,8 @@ from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
 from steering_server.engine.rows import Rows
 from steering_server.engine.settings import Settings, SettingsError
-from steering_server.engine.sites import steer
-from steering_server.request.rotation import Rotation, admitted
+from steering_server.engine.sites import wire
+from steering_server.request.operation import Operation, admitted
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -66,13 +66,18 @@ def steered_runner_v1(runner_class: Any) -> type:
                 for place, (req_id, was) in enumerate(zip(order, before, strict=False)):
                     if req_id != was or req_id in new:
                         request = self.requests[req_id]
-                        rotations = _rotations(request.sampling_params)
-                        self.steering.put(place, rotations, request.num_prompt_tokens)
+                        operations = _operations(request.sampling_params)
+                        self.steering.put(place, operations, request.num_prompt_tokens)
                 self._steering_order = list(order)
             n = len(order)
             computed = self.input_batch.num_computed_tokens_cpu[:n]
-            self.steering.write(np.arange(n), num_scheduled_tokens, computed)
-            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            if not self.use_async_spec_decode:
+                self.steering.write(np.arange(n), num_scheduled_tokens, computed)
+                return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            # Only the device knows how many drafts were accepted, once super() has told it.
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            self.steering.write(np.arange(n), num_scheduled_tokens, computed, self.positions)
+            return prepared
 
     return SteeredRunner
 
@@ -82,10 +87,11 @@ def steered_model_state(state_class: Any) -> type:
 
     class SteeredModelState(state_class):  # type: ignore[misc]
         steering: Rows
+        steering_by_device: bool
 
         def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-            rotations = _rotations(new_req_data.sampling_params)
-            self.steering.put(req_index, rotations, new_req_data.prompt_len)
+            operations = _operations(new_req_data.sampling_params)
+            self.steering.put(req_index, operations, new_req_data.prompt_len)
             super().add_request(req_index, new_req_data)
 
         def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> Any:
@@ -98,14 +104,18 @@ def steered_model_state(state_class: Any) -> type:
                         f"{scheduled.sum()}: whose each one is cannot be told"
                     )
                 self.steering.write(
-                    input_batch.idx_mapping_np, scheduled, input_batch.num_computed_tokens_np
+                    input_batch.idx_mapping_np,
+                    scheduled,
+                    input_batch.num_computed_tokens_np,
+                    # With drafts in flight only the device knows how many were accepted.
+                    input_batch.positions if self.steering_by_device else None,
                 )
             return super().prepare_inputs(input_batch, req_states)
 
     return SteeredModelState
 
 
-def _rotations(params: SamplingParams | None) -> tuple[Rotation, ...]:
+def _operations(params: SamplingParams | None) -> tuple[Operation, ...]:
     return () if params is None else admitted(params.extra_args)
 
 
@@ -158,10 +168,13 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
     )
     choice = settings.kernels_on(worker.device)
     for site in here:
-        steer(norms[site], bank.bases[site], rows.tokens, choice.kernels)
+        wire(norms[site], bank.bases[site], bank.classes[site], rows.tokens, choice.kernels)
     if worker.use_v2_model_runner:
         retype(runner.model_state, steered_model_state)
         runner.model_state.steering = rows
+        runner.model_state.steering_by_device = (
+            scheduler.async_scheduling and worker.vllm_config.speculative_config is not None
+        )
     else:
         retype(runner, steered_runner_v1)
         runner.steering = rows

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import steering_kernels
 from steering_kernels import Choice, Kernels, choose
 from steering_planes import Plane, Site, open_plane
-from steering_server.request.admission import Admission, SteeringError
+from steering_server.request.admission import Admission
+from steering_server.request.error import SteeringError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,4 +1,4 @@
-"""The selected norms of a loaded model, made to rotate what they return."""
+"""The selected norms of a loaded model, made to steer what they return."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from vllm import envs
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-from steering_kernels import Kernels, add_rms_norm_rotate, rotate
+from steering_kernels import Kernels, add_rms_norm_steer, steer
 from steering_server.engine.retype import retype
 
 
 def steered_norm(norm_class: Any) -> type:
-    """A norm whose output is rotated row by row.
+    """A norm whose output is steered row by row.
 
     It keeps its place, its type and its parameters' names in the module tree, so that weight
     reloading, LoRA and sleep mode see what they know.
@@ -22,6 +22,7 @@ def steered_norm(norm_class: Any) -> type:
 
     class SteeredNorm(norm_class):  # type: ignore[misc]
         steering_bank: Tensor
+        steering_classes: Tensor
         steering_rows: Tensor
         steering_kernels: Kernels
 
@@ -31,29 +32,32 @@ def steered_norm(norm_class: Any) -> type:
             normed = out[0] if isinstance(out, tuple) else out
             tokens = normed.flatten(0, -2)  # [T, d]
             rows = _rows_of(tokens, self.steering_rows)
-            rotated = rotate(tokens, self.steering_bank, rows, self.steering_kernels)
-            rotated = rotated.view(normed.shape)
-            return (rotated, *out[1:]) if isinstance(out, tuple) else rotated
+            steered = steer(
+                tokens, self.steering_bank, self.steering_classes, rows, self.steering_kernels
+            ).view(normed.shape)
+            return (steered, *out[1:]) if isinstance(out, tuple) else steered
 
     return SteeredNorm
 
 
 def fused_norm(norm_class: Any) -> type:
-    """An RMS norm of vLLM that our kernel computes, rotation included."""
+    """An RMS norm of vLLM that our kernel computes, steering included."""
 
     class FusedNorm(norm_class):  # type: ignore[misc]
         steering_bank: Tensor
+        steering_classes: Tensor
         steering_rows: Tensor
         steering_kernels: Kernels
 
         def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
             tokens = x.flatten(0, -2)  # [T, d]
-            out, total = add_rms_norm_rotate(
+            out, total = add_rms_norm_steer(
                 tokens,
                 None if residual is None else residual.flatten(0, -2),
                 self.weight.data,
                 self.variance_epsilon,
                 self.steering_bank,
+                self.steering_classes,
                 _rows_of(tokens, self.steering_rows),
                 unit_offset=issubclass(norm_class, GemmaRMSNorm),
                 kernels=self.steering_kernels,
@@ -73,7 +77,7 @@ def is_fusable(norm: nn.Module) -> bool:
     """Whether our kernel computes what this very norm does.
 
     Subclasses, norms over a part of the vector or without a gain, and vLLM's batch-invariant one
-    are not: their own code runs, and its output is rotated.
+    are not: their own code runs, and its output is steered.
     """
     if envs.VLLM_BATCH_INVARIANT:
         return False
@@ -82,19 +86,21 @@ def is_fusable(norm: nn.Module) -> bool:
     return type(norm) is GemmaRMSNorm
 
 
-def steer(norm: nn.Module, bank: Tensor, rows: Tensor, kernels: Kernels) -> None:
+def wire(norm: nn.Module, bank: Tensor, classes: Tensor, rows: Tensor, kernels: Kernels) -> None:
     """Turn ``norm`` into a steered one, in place.
 
     Args:
         norm: a module returning [T, d] (transformers' own, where vLLM runs them, [1, T, d]), or a
             tuple that begins with it.
         bank: [slots, 2, d] float32.
-        rows: [max tokens, planes, 5] float32, shared by all sites.
-        kernels: what rotates. On plain torch no norm is fused by us: Inductor does it, and an
+        classes: [slots, 5] float32.
+        rows: [max tokens, planes, 7] float32, shared by all sites.
+        kernels: what steers. On plain torch no norm is fused by us: Inductor does it, and an
             unsteered token's norm stays vLLM's own.
     """
     # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
     norm.register_buffer("steering_bank", bank, persistent=False)
+    norm.register_buffer("steering_classes", classes, persistent=False)
     norm.register_buffer("steering_rows", rows, persistent=False)
     norm.steering_kernels = kernels  # type: ignore[assignment]
     kind: Callable[[Any], type] = (

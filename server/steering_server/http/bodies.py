@@ -10,7 +10,8 @@ from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from steering_server.request.admission import SteeringError, is_reserved
+from steering_server.request.ask import is_reserved
+from steering_server.request.error import SteeringError
 from steering_server.request.ticket import CURRENT
 
 

@@ -16,7 +16,8 @@ from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorRe
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from steering_server.request import metrics
-from steering_server.request.admission import SteeringError, is_reserved
+from steering_server.request.ask import is_reserved
+from steering_server.request.error import SteeringError
 from steering_server.request.receipt import NAME, header, member
 from steering_server.request.ticket import CURRENT, GENERATING, RESPONSES, Ticket
 
@@ -60,7 +61,7 @@ class SteeringMiddleware:
             path, _, answer_id = _path(scope).rpartition("/")
             stored = self._stored.get(answer_id) if path == RESPONSES else None
             if stored is not None and (given := stored.admitted):
-                ticket = Ticket(path, state.steering, rotations=given, admitted=given)
+                ticket = Ticket(path, state.steering, operations=given, admitted=given)
                 send = _Answer(ticket, send, scope, receive, crosses_origins=crosses_origins).send
             await self.app(scope, receive, send)
             return
@@ -169,7 +170,7 @@ class _Answer:
 
     async def _begin(self, start: Message) -> None:
         ticket = self._ticket
-        self._is_steered = bool(ticket.rotations or ticket.header)
+        self._is_steered = bool(ticket.operations or ticket.header)
         if start["status"] >= HTTPStatus.MULTIPLE_CHOICES or not self._is_steered:
             self._is_steered = False
             self.has_begun = True
@@ -190,8 +191,8 @@ class _Answer:
         if start is None:
             return
         headers = MutableHeaders(raw=list(start["headers"]))
-        if self._ticket.rotations:
-            headers[NAME] = header(self._ticket.rotations, self._ticket.admission.planes)
+        if self._ticket.operations:
+            headers[NAME] = header(self._ticket.operations, self._ticket.admission.planes)
             if self._crosses_origins:
                 headers.append("access-control-expose-headers", NAME)
         if more and "content-length" in headers:
@@ -204,7 +205,7 @@ class _Answer:
         # Before the last word: of a JSON answer, before the first.
         is_decisive = self._start is not None or not message.get("more_body")
         if self._is_steered and is_decisive and not self._ticket.is_kept:
-            what = self._ticket.rotations or self._ticket.header
+            what = self._ticket.operations or self._ticket.header
             raise RuntimeError(
                 f"{self._ticket.path} answered without the steering asked for: {what}"
             )
@@ -217,24 +218,24 @@ class _Answer:
             message = {**message, "body": added}
         await self._send(message)
 
-    def _member(self) -> bytes:
-        assert self._ticket.rotations is not None
-        return member(self._ticket.rotations, self._ticket.admission.planes)
+    def _member(self, *, brief: bool = False) -> bytes:
+        assert self._ticket.operations is not None
+        return member(self._ticket.operations, self._ticket.admission.planes, brief=brief)
 
     def _into_object(self, body: bytes) -> bytes:
-        if self._told or not self._ticket.rotations or not body.startswith(b"{"):
+        if self._told or not self._ticket.operations or not body.startswith(b"{"):
             return body
         self._told = True
         return _spliced(body, 0, self._member())
 
     def _into_events(self, body: bytes) -> bytes:
         """The receipt in the first event, and in those that count the tokens."""
-        if not self._ticket.rotations or (self._told and not _USAGE.search(body)):
+        if not self._ticket.operations or (self._told and not _USAGE.search(body)):
             return body
         lines = body.split(b"\n")
         for i, line in enumerate(lines):
             if line.startswith(_DATA) and (not self._told or _USAGE.search(line)):
-                lines[i] = _spliced(line, len(_DATA) - 1, self._member())
+                lines[i] = _spliced(line, len(_DATA) - 1, self._member(brief=self._told))
                 self._told = True
         return b"\n".join(lines)
 

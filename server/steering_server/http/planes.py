@@ -24,6 +24,7 @@ class PlaneCard(BaseModel):
     hidden_size: int
     layers: list[int]
     sites: list[str]
+    modes: list[str]
     default_mode: str
     default_angle: float | None
     gate: float | None
@@ -53,6 +54,7 @@ def _card(name: str, plane: Plane) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "layers": sorted({site.layer for site in plane.sites}),
         "sites": [str(site) for site in plane.sites],
+        "modes": list(plane.modes),
         "default_mode": config.default_mode,
         "default_angle": config.default_angle,
         "gate": config.gate,

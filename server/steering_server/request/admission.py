@@ -1,162 +1,29 @@
-"""What a request asks for -> canonical rotations, or an error that says what is wrong with it."""
+"""What a request asks for -> canonical operations, by the planes that are loaded."""
 
 from __future__ import annotations
 
-import json
-import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
-
-import torch
-from vllm.exceptions import VLLMValidationError
 
 from steering_planes import Plane, canonical_degrees
 from steering_server.request import metrics
-from steering_server.request.receipt import layers
-from steering_server.request.rotation import (
+from steering_server.request.angle import Ramp
+from steering_server.request.ask import FAN, Ask, parse, steering_fields
+from steering_server.request.error import SteeringError
+from steering_server.request.operation import (
     EXTRA_ARG,
-    MODES,
-    RESERVED_PREFIX,
-    TOKENS,
+    ROTATIONS,
     Mode,
-    Rotation,
-    Tokens,
+    Operation,
+    choose,
+    fan_of,
 )
+from steering_server.request.receipt import layers
+from steering_server.request.window import ALL
 from steering_server.request.words import parse_words
 
-FIELDS = ("angle", "plane", "mode", "tokens", "gate")
-RECEIPTS = ("layers", "digest")
-"""What an answer says beside the fields: given back, it must be what the loaded plane has."""
-MAX_DEGREES = 360.0
-FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-class SteeringError(VLLMValidationError):  # type: ignore[misc]
-    """Steering that cannot be given exactly as asked: HTTP 400 in OpenAI's shape.
-
-    Attributes:
-        rule: what the value must be.
-        reason: a short code, the label of ``steering_rejections_total``.
-    """
-
-    def __init__(self, field: str, value: Any, rule: str, *, reason: str) -> None:
-        # The value goes into the message: vLLM's own suffix would leave a null value out.
-        shown = "null" if value is None else reprlib.repr(value)
-        super().__init__(f"{field} = {shown}: {rule}", parameter=field)
-        self.rule = rule
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One rotation as asked for: every present field is well-formed, none is filled in.
-
-    ``where`` is the prefix of the fields' names in errors, ``steering_`` or ``steering[i].``.
-    """
-
-    where: str
-    fields: Mapping[str, Any]
-
-
-def is_reserved(key: str) -> bool:
-    """Whether a key is ours: known to us or an error, near misses included, never ignored."""
-    return key.casefold().startswith(RESERVED_PREFIX)
-
-
-def steering_fields(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The part of a request's ``extra_args`` (or JSON body) that is about steering."""
-    return {k: v for k, v in (extra_args or {}).items() if is_reserved(k)}
-
-
-def _says_something(fields: Mapping[str, Any]) -> bool:
-    # A null gate alone says nothing, nor does any other null.
-    return any(value is not None for value in fields.values())
-
-
-def parse(fields: Mapping[str, Any]) -> list[Ask]:
-    """Check everything about a request's steering fields that needs no knowledge of the planes.
-
-    Args:
-        fields: what :func:`steering_fields` returns.
-
-    Raises:
-        SteeringError: naming field, value and rule.
-    """
-    flat = {f"steering_{name}": name for name in FIELDS}
-    for key, value in fields.items():
-        if key not in flat and key != EXTRA_ARG:
-            rule = f"unknown field; known are {', '.join([*flat, EXTRA_ARG])}"
-            raise SteeringError(key, value, rule, reason="unknown_field")
-    # A null gate is a statement (no gate); any other null is an absent field.
-    given = {
-        name: fields[key]
-        for key, name in flat.items()
-        if key in fields and (fields[key] is not None or name == "gate")
-    }
-    items = fields.get(EXTRA_ARG)
-    if items is None:
-        if not given or given == {"gate": None}:
-            return []
-        return [_ask("steering_", given)]
-    if given:
-        rule = f"excludes the flat fields, got {', '.join(f'steering_{name}' for name in given)}"
-        raise SteeringError(EXTRA_ARG, items, rule, reason="conflicting_fields")
-    if isinstance(items, str):  # vllm_xargs holds no objects, but it does hold text.
-        try:
-            items = json.loads(items)
-        except (ValueError, RecursionError) as error:
-            rule = f"as text it must be JSON: {error}"
-            raise SteeringError(EXTRA_ARG, fields[EXTRA_ARG], rule, reason="bad_list") from None
-    if not isinstance(items, Sequence) or isinstance(items, str):
-        raise SteeringError(EXTRA_ARG, items, "must be a list of objects", reason="bad_list")
-    return [_item(i, item) for i, item in enumerate(items)]
-
-
-def _item(i: int, item: Any) -> Ask:
-    where = f"steering[{i}]"
-    if not isinstance(item, Mapping):
-        raise SteeringError(where, item, "must be an object", reason="bad_list")
-    known = (*FIELDS, *RECEIPTS)
-    for name, value in item.items():
-        if name not in known:
-            rule = f"unknown field; known are {', '.join(FIELDS)}"
-            raise SteeringError(f"{where}.{name}", value, rule, reason="unknown_field")
-    return _ask(f"{where}.", {k: v for k, v in item.items() if v is not None or k == "gate"})
-
-
-def _ask(where: str, given: Mapping[str, Any]) -> Ask:
-    for name in ("angle", "gate"):
-        value = given.get(name)
-        if value is None:
-            continue
-        # bool is an int to Python, but not a number to a caller.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            rule = "must be a number" + (" in degrees" if name == "angle" else " or null")
-            raise SteeringError(where + name, value, rule, reason=f"bad_{name}")
-        if not _fits(value):
-            raise SteeringError(where + name, value, "must be finite", reason=f"bad_{name}")
-    angle = given.get("angle")
-    if angle is not None and abs(angle) > MAX_DEGREES:
-        rule = f"must be between {-MAX_DEGREES:g} and {MAX_DEGREES:g} degrees"
-        raise SteeringError(f"{where}angle", angle, rule, reason="bad_angle")
-    for name, allowed in (("mode", MODES), ("tokens", TOKENS)):
-        value = given.get(name)
-        if value is not None and (not isinstance(value, str) or value not in allowed):
-            rule = f"must be one of {', '.join(allowed)}"
-            raise SteeringError(where + name, value, rule, reason=f"bad_{name}")
-    plane = given.get("plane")
-    if plane is not None and not isinstance(plane, str):
-        raise SteeringError(f"{where}plane", plane, "must be a string", reason="unknown_plane")
-    return Ask(where, given)
-
-
-def _fits(value: float) -> bool:
-    """Whether a number is finite in float32, which is what the rows hold."""
-    try:
-        return abs(float(value)) <= FLOAT32_MAX
-    except OverflowError:
-        return False
+STRENGTHS = {"add": (-1000.0, 1000.0), "ablate": (0.0, 1.0), "cap": (-1000.0, 1000.0)}
+"""From the least to the greatest strength of each operation that takes one."""
 
 
 class Admission:
@@ -164,7 +31,7 @@ class Admission:
 
     Args:
         planes: the loaded planes by name.
-        max_planes: how many rotations one request may carry.
+        max_planes: how many operations one request may carry.
         default: what steers a request that says nothing of steering, in words (see
             :mod:`steering_server.request.words`); None leaves it alone.
         required: refuse a request that would be unsteered.
@@ -187,13 +54,13 @@ class Admission:
         self.max_planes = max_planes
         self.required = required
         self.presets = dict(presets or {})
-        self.default: tuple[Rotation, ...] = ()
+        self.default: tuple[Operation, ...] = ()
         if default is not None:
             self.default = self._from_words("--steering-default", default)
         for name, words in self.presets.items():
             self._from_words(f"--steering-preset {name}", words)
 
-    def _from_words(self, flag: str, words: str) -> tuple[Rotation, ...]:
+    def _from_words(self, flag: str, words: str) -> tuple[Operation, ...]:
         try:
             return self.admit({EXTRA_ARG: parse_words(words)})
         except SteeringError as error:
@@ -201,7 +68,7 @@ class Admission:
         except ValueError as error:
             raise SteeringError(flag, words, str(error), reason="bad_words") from None
 
-    def settle(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
+    def settle(self, extra_args: Mapping[str, Any] | None) -> tuple[Operation, ...]:
         """What a request is steered by: what it asks for, else the server's default.
 
         A request that says that it wants none (an empty list, a turn by 0) gets none.
@@ -210,17 +77,18 @@ class Admission:
             SteeringError: see :meth:`admit`; or nothing would steer it where something must.
         """
         fields = steering_fields(extra_args)
-        rotations = self.admit(fields) if _says_something(fields) else self.default
-        if self.required and not rotations:
+        operations = self.admit(fields) if _says_something(fields) else self.default
+        choices = range(max(1, fan_of(operations)))
+        if self.required and not all(choose(operations, i) for i in choices):
             rule = "required (--steering-required): ask for steering; a turn by 0 is none"
             metrics.count_rejection("required")
             raise SteeringError(EXTRA_ARG, fields.get(EXTRA_ARG), rule, reason="required")
-        return rotations
+        return operations
 
-    def admit(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
-        """The request's rotations in order; empty when nothing is to be steered.
+    def admit(self, extra_args: Mapping[str, Any] | None) -> tuple[Operation, ...]:
+        """The request's operations in order; empty when nothing is to be steered.
 
-        Admitted rotations are admitted again unchanged.
+        Admitted operations are admitted again unchanged.
 
         Raises:
             SteeringError: counted in ``steering_rejections_total`` under its reason.
@@ -233,33 +101,40 @@ class Admission:
             if len(asks) > self.max_planes:
                 rule = f"at most {self.max_planes} planes a request (--steering-max-planes)"
                 raise SteeringError(EXTRA_ARG, fields[EXTRA_ARG], rule, reason="too_many_planes")
-            rotations = tuple(self._rotation(ask) for ask in asks)
+            operations = tuple(self._operation(ask) for ask in asks)
         except SteeringError as error:
             metrics.count_rejection(error.reason)
             raise
-        return tuple(r for r in rotations if r.mode != "rotate_by" or r.angle != 0.0)
+        return tuple(operation for operation in operations if not operation.is_idle)
 
-    def _rotation(self, ask: Ask) -> Rotation:
+    def _operation(self, ask: Ask) -> Operation:
         given = ask.fields
         name, plane = self._plane(ask)
-        angle = given.get("angle", plane.config.default_angle)
-        if angle is None:
-            field = f"{ask.where}angle"
-            rule = f"required: plane {name!r} has no default angle"
-            raise SteeringError(field, None, rule, reason="no_angle")
         for field, loaded in (("digest", plane.digest), ("layers", layers(plane))):
             if (value := given.get(field, loaded)) != loaded:
                 rule = f"the loaded plane {name!r} has {loaded}"
                 raise SteeringError(f"{ask.where}{field}", value, rule, reason="unknown_plane")
+        fan = tuple(map(_canonical, given.get(FAN, ())))
+        angle = given.get("angle", plane.config.default_angle)
+        if angle is None and not fan:
+            field = f"{ask.where}angle"
+            rule = f"required: plane {name!r} has no default angle"
+            raise SteeringError(field, None, rule, reason="no_angle")
+        mode = given.get("mode", plane.config.default_mode)
+        if mode not in plane.modes:
+            rule = f"plane {name!r} was made without class means; calibrate it again"
+            raise SteeringError(f"{ask.where}mode", mode, rule, reason="no_class_means")
         gate = given.get("gate", plane.config.gate)
-        return Rotation(
+        return Operation(
             plane=name,
             digest=plane.digest,
-            angle=canonical_degrees(angle),
-            mode=cast(Mode, given.get("mode", plane.config.default_mode)),
-            tokens=cast(Tokens, given.get("tokens", "all")),
-            # One number, one key: 1 is 1.0, and -0.0 is 0.0.
+            angle=None if fan else _canonical(angle),
+            mode=cast(Mode, mode),
+            tokens=given.get("tokens", ALL),
             gate=None if gate is None else float(gate) + 0.0,
+            strength=_strength(ask, mode),
+            keep_norm=given.get("keep_norm", False) and mode not in ROTATIONS,
+            fan=fan,
         )
 
     def _plane(self, ask: Ask) -> tuple[str, Plane]:
@@ -279,3 +154,36 @@ class Admission:
             rule = f"no such plane; loaded: {loaded}"
             raise SteeringError(field, name, rule, reason="unknown_plane")
         return name, self.planes[name]
+
+
+def _canonical(degrees: float | Ramp) -> float | Ramp:
+    return degrees if isinstance(degrees, Ramp) else canonical_degrees(degrees)
+
+
+def _strength(ask: Ask, mode: str) -> float | None:
+    """How much of an operation; None of a rotation.
+
+    Raises:
+        SteeringError: a strength where none is taken, none where one is required, or one too much.
+    """
+    field = f"{ask.where}strength"
+    strength: float | None = ask.fields.get("strength")
+    if mode in ROTATIONS:
+        if strength is not None:
+            rule = f"{mode} takes no strength; {', '.join(STRENGTHS)} do"
+            raise SteeringError(field, strength, rule, reason="bad_strength")
+        return None
+    if strength is None:
+        if mode == "ablate":
+            return 1.0
+        raise SteeringError(field, None, f"required with {mode}", reason="bad_strength")
+    least, most = STRENGTHS[mode]
+    if not least <= strength <= most:
+        rule = f"must be between {least:g} and {most:g} with {mode}"
+        raise SteeringError(field, strength, rule, reason="bad_strength")
+    return strength
+
+
+def _says_something(fields: Mapping[str, Any]) -> bool:
+    # A null gate alone says nothing, nor does any other null.
+    return any(value is not None for value in fields.values())

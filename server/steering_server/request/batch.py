@@ -52,7 +52,7 @@ def _with_ticket(
         if ticket.admitted and isinstance(answer, BaseModel):
             setattr(answer, NAME, receipt(ticket.admitted, ticket.admission.planes))
         elif not ticket.is_kept and "error" not in type(answer).model_fields:
-            raise RuntimeError(f"{ticket.path} answered without {ticket.rotations}")
+            raise RuntimeError(f"{ticket.path} answered without {ticket.operations}")
         return answer
 
     return handled
@@ -63,11 +63,11 @@ def _read(ticket: Ticket, request: BaseModel) -> None:
     extra = request.model_extra or {}
     own = {
         name: getattr(request, name)
-        for name in ("model", "vllm_xargs", "use_beam_search")
-        if name in type(request).model_fields
+        for name in ("model", "vllm_xargs", "use_beam_search", "n")
+        if name in request.model_fields_set
     }
     left = ticket.read_json({**extra, **{k: v for k, v in own.items() if v is not None}})
     for key in extra.keys() - left.keys():
         del extra[key]
-    for name in own.keys() - {"use_beam_search"}:
+    for name in {"model", "vllm_xargs", "n"} & (own.keys() | left.keys()):
         setattr(request, name, left.get(name))

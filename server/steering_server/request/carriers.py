@@ -10,13 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from steering_server.request.admission import (
-    FIELDS,
-    SteeringError,
-    is_reserved,
-    steering_fields,
-)
-from steering_server.request.rotation import EXTRA_ARG, RESERVED_PREFIX
+from steering_server.request.ask import FAN, FIELDS, RECEIPTS, is_reserved, steering_fields
+from steering_server.request.error import SteeringError
+from steering_server.request.operation import EXTRA_ARG, RESERVED_PREFIX
 from steering_server.request.words import parse_words
 
 XARGS = "vllm_xargs"
@@ -113,11 +109,13 @@ def take_form(form: dict[str, Any]) -> dict[str, Any]:
 def _untext(key: str, value: Any) -> Any:
     if key == "steering_gate" and value in ("null", "none"):
         return None
-    if key in ("steering_angle", "steering_gate") and isinstance(value, str):
+    if key == "steering_keep_norm":
+        return {"true": True, "false": False}.get(value, value)
+    if key in ("steering_angle", "steering_gate", "steering_strength") and isinstance(value, str):
         try:
             return float(value)
         except ValueError:
-            return value  # Admission says that it must be a number.
+            return value  # A ramp, or admission says that it must be a number.
     return value
 
 
@@ -141,7 +139,7 @@ def read_header(text: str) -> dict[str, Any]:
     except ValueError as error:
         rule = f"must be a structured dictionary, as answers carry it: {error}"
         raise refused(rule.rstrip(": ")) from None
-    known = (*FIELDS, "layers", "digest")
+    known = (*FIELDS, FAN, *RECEIPTS)
     columns: dict[str, list[Any]] = {}
     for name, member in dictionary.items():
         if name not in known:
@@ -150,9 +148,11 @@ def read_header(text: str) -> dict[str, Any]:
         if any(item.params for item in (member, *items)):
             raise refused(f"member {name!r} has parameters, which say nothing; commas part members")
         columns[name] = [_member(name, item.value) for item in items]
+    if (fan := columns.pop(FAN, None)) is not None:
+        columns[FAN] = [fan]
     lengths = {len(values) for values in columns.values()}
     if len(lengths) != 1:
-        raise refused("every member must have as many items: one a rotation")
+        raise refused("every member must have as many items: one an operation")
     return {
         EXTRA_ARG: [
             {name: values[i] for name, values in columns.items()} for i in range(lengths.pop())
@@ -161,9 +161,9 @@ def read_header(text: str) -> dict[str, Any]:
 
 
 def _member(name: str, value: Any) -> Any:
-    if name == "gate" and value is False:
+    if name in ("gate", "strength") and value is False:
         return None
-    if name in ("angle", "gate"):
+    if name in ("angle", FAN, "gate", "strength"):
         # A decimal has three digits; an answer carries a finer number as a string.
         try:
             return value if isinstance(value, bool) else float(value)

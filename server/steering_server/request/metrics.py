@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Counter
 
-from steering_server.request.rotation import Rotation
+from steering_server.request.operation import Operation, choose
 
 # Not named ``vllm:*``: vLLM unregisters every collector of that name when it starts.
 REQUESTS = Counter(
@@ -22,21 +22,24 @@ def count_rejection(reason: str) -> None:
 
 
 def count_request(
-    rotations: Iterable[Rotation], outcome: str, prompt_tokens: int, generated_tokens: int
+    operations: Iterable[Operation], outcome: str, prompt_tokens: int, generated: Iterable[int]
 ) -> None:
     """Count a steered request that ended.
 
     Args:
-        rotations: what was applied.
+        operations: what was applied.
         outcome: ``ok``, ``aborted`` (by the client) or ``error``.
         prompt_tokens: length of the prompt, cached tokens included.
-        generated_tokens: over all choices.
+        generated: tokens of each choice, in order.
     """
-    within = {
-        "all": prompt_tokens + generated_tokens,
-        "prompt": prompt_tokens,
-        "generated": generated_tokens,
-    }
-    for rotation in rotations:
-        REQUESTS.labels(rotation.plane, rotation.mode, outcome).inc()
-        TOKENS.labels(rotation.plane).inc(within[rotation.tokens])
+    choices = list(generated) or [0]
+    for operation in operations:
+        within = [
+            operation.tokens.count(prompt_tokens, tokens)
+            for index, tokens in enumerate(choices)
+            if choose([operation], index)
+        ]
+        REQUESTS.labels(operation.plane, operation.mode, outcome).inc()
+        # The prompt is the same one for every choice.
+        of_prompt = max((prompt for prompt, _ in within), default=0)
+        TOKENS.labels(operation.plane).inc(of_prompt + sum(tokens for _, tokens in within))

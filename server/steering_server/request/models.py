@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from steering_server.request.admission import SteeringError
 from steering_server.request.carriers import split_model
+from steering_server.request.error import SteeringError
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steering_server.request import carriers, metrics
-from steering_server.request.admission import (
-    Admission,
-    SteeringError,
-    parse,
-    steering_fields,
-)
+from steering_server.request.admission import Admission
+from steering_server.request.ask import FAN, parse, steering_fields
+from steering_server.request.error import SteeringError
+from steering_server.request.generation import Generation, fit
 from steering_server.request.models import ServedModels
-from steering_server.request.rotation import EXTRA_ARG, Rotation
+from steering_server.request.operation import EXTRA_ARG, Operation, fan_of
 
 CURRENT: ContextVar[Ticket | None] = ContextVar("steering_ticket", default=None)
 """The request that this task, and every task begun by it, works for."""
@@ -39,6 +37,9 @@ GENERATING = frozenset(
 )
 """Routes that ask the engine to generate; on any other, steering is refused."""
 
+FANNING = frozenset({"/invocations", "/v1/chat/completions", "/v1/completions"})
+"""Those of them whose answers have choices, each of which may have an angle of its own."""
+
 RESPONSES = "/v1/responses"
 _SAMPLING_PARAMS = frozenset({"/inference/v1/generate"})
 
@@ -55,7 +56,7 @@ class Ticket:
         admission: knows the planes.
         models: knows the model ids; None where model ids carry nothing.
         header: the request header ``steering``.
-        rotations: what the request will be steered by; None until its body has been read.
+        operations: what the request will be steered by; None until its body has been read.
         admitted: what the engine was given, once it has been asked.
         error: why the request is refused.
     """
@@ -64,8 +65,8 @@ class Ticket:
     admission: Admission
     models: ServedModels | None = None
     header: str | None = None
-    rotations: tuple[Rotation, ...] | None = None
-    admitted: tuple[Rotation, ...] | None = None
+    operations: tuple[Operation, ...] | None = None
+    admitted: tuple[Operation, ...] | None = None
     error: SteeringError | None = None
     _background: bool = field(default=False, repr=False)
 
@@ -79,10 +80,10 @@ class Ticket:
 
         Of work that goes on behind the answer it is not asked.
         """
-        if self.rotations is None:
+        if self.operations is None:
             return self.header is None
         is_given = self.admitted is not None or self._background
-        return is_given or not self.rotations or self.error is not None
+        return is_given or not self.operations or self.error is not None
 
     def read_json(self, body: Any) -> Any:
         """Take what a JSON body asks for, and give back what is left for the route.
@@ -117,16 +118,31 @@ class Ticket:
             raise
         source, fields = asked
         # A route may read its body twice, and asks once, unless something was written into it.
-        if not self.generates or (self.rotations is not None and not fields):
+        if not self.generates or (self.operations is not None and not fields):
             return
         try:
-            self.rotations = self.admission.settle(fields)
+            self.operations = self.admission.settle(fields)
         except SteeringError as error:
             raise _said_by(source, error) from None
-        if self.rotations and body.get("use_beam_search"):
+        self._fan_out(body)
+        if self.operations and body.get("use_beam_search"):
             rule = "beam search does not carry steering; leave out one of the two"
-            metrics.count_rejection("beam_search")
-            raise SteeringError("use_beam_search", True, rule, reason="beam_search")
+            raise _refused("use_beam_search", True, rule, reason="beam_search")
+
+    def _fan_out(self, body: dict[str, Any]) -> None:
+        """See that the answer has as many choices as angles."""
+        operations = self.operations or ()
+        if not (count := fan_of(operations)):
+            return
+        field, given = f"steering_{FAN}", body.get("n")
+        if self.path.rstrip("/") not in FANNING:
+            rule = f"{self.path} gives no choices; {', '.join(sorted(FANNING))} do"
+            angles = operations[0].to_wire()[FAN]
+            raise _refused(field, angles, rule, reason="unsupported_route")
+        if given is not None and (isinstance(given, bool) or given != count):
+            rule = f"must be absent or {count}, as many choices as {field}"
+            raise _refused("n", given, rule, reason="bad_fan")
+        body["n"] = count
 
     def _asked(self, body: dict[str, Any], take: Any) -> tuple[tuple[str, Any], dict[str, Any]]:
         """The one carrier that says something, as (its name, its text), and what it says."""
@@ -156,26 +172,34 @@ class Ticket:
             raise SteeringError(first, text, rule, reason="conflicting_fields")
         return said[0]
 
-    def give(self, extra_args: Mapping[str, Any] | None) -> tuple[Rotation, ...]:
+    def give(
+        self, extra_args: Mapping[str, Any] | None, generation: Generation
+    ) -> tuple[Operation, ...]:
         """What the engine, asked to generate for this request, is to steer by.
 
+        Args:
+            extra_args: of the engine's sampling parameters.
+            generation: what the route asks for.
+
         Raises:
-            SteeringError: steering that came past the request's body and cannot be given.
+            SteeringError: steering that came past the request's body and cannot be given, or that
+                does not fit what is to be generated.
         """
         fields = steering_fields(extra_args)
         try:
-            if fields and self.rotations and self.rotations != self.admission.default:
+            if fields and self.operations and self.operations != self.admission.default:
                 rule = "given twice, also by the request that it came with"
-                metrics.count_rejection("conflicting_fields")
                 key, value = next(iter(fields.items()))
-                raise SteeringError(key, value, rule, reason="conflicting_fields")
-            if fields or self.rotations is None:
-                self.rotations = self.admission.settle(fields)
+                raise _refused(key, value, rule, reason="conflicting_fields")
+            if fields or self.operations is None:
+                self.operations = self.admission.settle(fields)
+            by_default = self.operations is self.admission.default
+            fit(self.operations, generation, by_default=by_default)
         except SteeringError as error:
             self.error = error
             raise
-        self.admitted = self.rotations
-        return self.rotations
+        self.admitted = self.operations
+        return self.operations
 
 
 def _asks(fields: Mapping[str, Any]) -> bool:
@@ -186,3 +210,8 @@ def _said_by(source: tuple[str, Any], error: SteeringError) -> SteeringError:
     """The error in the terms of the carrier that the caller wrote."""
     name, text = source
     return error if name == "body" else SteeringError(name, text, str(error), reason=error.reason)
+
+
+def _refused(field: str, value: Any, rule: str, *, reason: str) -> SteeringError:
+    metrics.count_rejection(reason)
+    return SteeringError(field, value, rule, reason=reason)
