@@ -75,8 +75,7 @@ def process_inputs(
 
 
 def _generation(params: SamplingParams, prompt_tokens: int | None, choices: int) -> Generation:
-    # vLLM 0.33 can ask for those of certain tokens, too.
-    scored = (params.prompt_logprobs, getattr(params, "prompt_logprob_token_ids", None))
+    scored = (params.prompt_logprobs, params.prompt_logprob_token_ids)
     return Generation(choices, prompt_tokens, any(each is not None for each in scored))
 
 
@@ -137,7 +136,7 @@ def with_operations(
         return params
     extra = {k: v for k, v in extra.items() if k not in fields}
     if operations or settled:
-        extra[EXTRA_ARG] = [r.to_wire() for r in operations]
+        extra[EXTRA_ARG] = [operation.to_wire() for operation in operations]
     params = params.clone()
     params.extra_args = extra or None
     return params
