@@ -23,7 +23,7 @@ GONE = 1e-10
 class Mode(IntEnum):
     """How a row acts on the coordinates c in a plane; u is the direction at the row's angle.
 
-    OFF leaves the activation bit-exact.
+    OFF leaves the activation bit-exact. The rotations come first: kernels tell them by that.
     """
 
     OFF = 0
@@ -38,9 +38,6 @@ class Mode(IntEnum):
     """c' = c - s (c.u) u: directional ablation (Arditi et al., arXiv 2406.11717)."""
     CAP = 5
     """c' = c - max(c.u - t, 0) u: activation capping (Lu et al., arXiv 2601.10387)."""
-
-
-ROTATIONS = (Mode.ROTATE_BY, Mode.ROTATE_TO)
 
 
 def encode_row(

@@ -89,8 +89,8 @@ print("ANSWER", json.dumps([steering_kernels.__file__, choice.tokens, choice.log
 
 @pytest.mark.slow
 def test_an_upgrade_finds_no_graph_of_the_version_before(tiny_llama: Tiny, tmp_path: Path) -> None:
-    """The modes change their numbers, in a file with nothing that Dynamo traces: a graph of before
-    would take one for the other, and vLLM would not see that it is stale."""
+    """A mode is put between two, in a file with nothing that Dynamo traces: a graph of before would
+    take one for the next, and vLLM would not see that it is stale."""
     package, cache = tmp_path / "kernels/steering_kernels", tmp_path / "cache"
     shutil.copytree(Path(steering_kernels.__file__).parent, package)
     turns = [Turn(tiny_llama.planes["two"], 150, "rotate_to")]
@@ -119,7 +119,9 @@ def test_an_upgrade_finds_no_graph_of_the_version_before(tiny_llama: Tiny, tmp_p
 
     assert run() == 1
     rows = package / "rows.py"
-    by, to = "ROTATE_BY = 1\n    ROTATE_TO = 2\n", "ROTATE_BY = 2\n    ROTATE_TO = 1\n"
-    assert by in rows.read_text()
-    rows.write_text(rows.read_text().replace(by, to))
+    source = rows.read_text()
+    for number, mode in ((2, "ROTATE_TO"), (3, "ADD"), (4, "ABLATE"), (5, "CAP")):
+        assert source.count(f"{mode} = {number}\n") == 1
+        source = source.replace(f"{mode} = {number}\n", f"{mode} = {number + 1}\n")
+    rows.write_text(source)
     assert run() == 2, "the edited version left no graph of its own"
