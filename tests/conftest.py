@@ -27,6 +27,9 @@ if not torch.cuda.is_available():
     from interpreter_as_compiler import mend
 
     mend()
+    # Inductor asks a process of its own whether this CPU's vectors work. An answer that is late
+    # (seen: 60 s, on two busy cores) makes it compile without them what its cache has with them.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
