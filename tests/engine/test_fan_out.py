@@ -17,31 +17,21 @@ from traffic import Ask
 ANGLES = [0, 45, 90, 135, 180, 225.5, -90, {"from": 180, "to": 0, "over": 6}]
 PROMPT = [5 + 7 * i % 200 for i in range(6 * BLOCK)]
 TOKENS = 12
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "disable_log_stats": False,  # Computed tokens are counted in them.
+    "max_model_len": 256,
+}
 
 
 @pytest.fixture(scope="module")
-def v1(tiny_llama: Tiny) -> Iterator[Engine]:
-    """The engine that the fan is counted in."""
-    yield from engines.start(
-        tiny_llama.model,
-        tiny_llama.planes,
-        in_process=True,
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        max_model_len=256,
-    )
+def tiny_v1(tiny_llama: Tiny) -> Iterator[Engine]:
+    yield from engines.start(tiny_llama.model, tiny_llama.planes, in_process=True, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def v2(tiny_llama: Tiny) -> Iterator[Engine]:
-    yield from engines.start(
-        tiny_llama.model,
-        tiny_llama.planes,
-        v2=True,
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        max_model_len=256,
-    )
+def tiny_v2(tiny_llama: Tiny) -> Iterator[Engine]:
+    yield from engines.start(tiny_llama.model, tiny_llama.planes, v2=True, **OPTIONS)
 
 
 def fields(tokens: str, **angle: Any) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def fields(tokens: str, **angle: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "engine", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True
+    "engine", ["tiny_v1", pytest.param("tiny_v2", marks=pytest.mark.slow)], indirect=True
 )
 @pytest.mark.parametrize("tokens", ["generated", "all"])
 def test_eight_angles_are_eight_requests(engine: Engine, tokens: str, tiny_llama: Tiny) -> None:
@@ -83,7 +73,7 @@ def test_eight_angles_are_eight_requests(engine: Engine, tokens: str, tiny_llama
     assert computed == steerings * len(PROMPT) + (8 - steerings) * rest
 
 
-def test_choices_have_their_seeds(v1: Engine) -> None:
+def test_choices_have_their_seeds(tiny_v1: Engine) -> None:
     """As with n: the request's, and one more for each."""
     from vllm import SamplingParams
 
@@ -98,15 +88,15 @@ def test_choices_have_their_seeds(v1: Engine) -> None:
         )
 
     prompt = {"prompt_token_ids": PROMPT[:20]}
-    (fan,) = v1.llm.generate([prompt], params(7, angles=ANGLES), use_tqdm=False)
-    singly = v1.llm.generate(
+    (fan,) = tiny_v1.llm.generate([prompt], params(7, angles=ANGLES), use_tqdm=False)
+    singly = tiny_v1.llm.generate(
         [prompt] * 8, [params(7 + i, angle=a) for i, a in enumerate(ANGLES)], use_tqdm=False
     )
     assert [c.token_ids for c in fan.outputs] == [o.outputs[0].token_ids for o in singly]
     assert [choice.index for choice in fan.outputs] == list(range(8))
 
 
-def test_offline_n_is_absent_or_as_many(v1: Engine) -> None:
+def test_offline_n_is_absent_or_as_many(tiny_v1: Engine) -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -118,11 +108,11 @@ def test_offline_n_is_absent_or_as_many(v1: Engine) -> None:
         params = SamplingParams(
             n=n, temperature=0, max_tokens=1, detokenize=False, extra_args=extra
         )
-        (output,) = v1.llm.generate([prompt], params, use_tqdm=False)
+        (output,) = tiny_v1.llm.generate([prompt], params, use_tqdm=False)
         assert len(output.outputs) == 2
     params = SamplingParams(n=3, max_tokens=1, detokenize=False, extra_args=extra)
     with pytest.raises(SteeringError, match=r"n = 3: must be 2, one an angle"):
-        v1.llm.generate([prompt], params, use_tqdm=False)
+        tiny_v1.llm.generate([prompt], params, use_tqdm=False)
     with pytest.raises(VLLMValidationError, match="n must be 1 when using greedy"):
         SamplingParams(n=3, temperature=0, extra_args=extra)
 
