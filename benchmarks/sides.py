@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -24,6 +25,9 @@ BUNDLED = Path(__file__).parents[1] / "steering_vectors/smollm2-135m-instruct/se
 START_SECONDS = 600
 # All servers are up at once: on a CPU each would take nearly all memory. It holds 10000 tokens.
 KV_CACHE = [] if torch.cuda.is_available() else ["--kv-cache-memory-bytes", "256M"]
+# A CPU that cannot multiply bfloat16 takes several times as long for it, and would hide all else.
+_BFLOAT16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+DTYPE = [] if _BFLOAT16 else ["--dtype", "float32"]
 
 _OURS = [str(Path(sys.executable).parent / "steering"), "serve"]
 _PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
@@ -72,6 +76,7 @@ def _random_means(generator: torch.Generator) -> ClassMeans:
 _WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 SIDES = {
     "plain": Side(_PLAIN, environment=_WITHOUT_PLUGINS),
+    "second": Side(_PLAIN, environment=_WITHOUT_PLUGINS),
     "idle": Side(_OURS),
     "selected": Side(_OURS, lambda folder: ["--steering-plane", f"sentiment={BUNDLED}"]),
     "all": Side(_OURS, all_sites),
@@ -91,26 +96,37 @@ SIDES = {
 @contextlib.contextmanager
 def serve(side: Side, folder: Path) -> Iterator[int]:
     """A running server; gives its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
+    log = folder / f"{port}.log"
+    with log.open("w") as output, started(side, port, folder, output) as process:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no server; the end of its log:\n{log.read_text()[-3000:]}")
+            time.sleep(1)
+        yield port
+
+
+@contextlib.contextmanager
+def started(
+    side: Side, port: int, folder: Path, output: int | IO[str]
+) -> Iterator[subprocess.Popen[str]]:
+    """A server that may not answer yet; ``output`` takes what it says."""
     words = [
         *side.command, str(ensure()), "--served-model-name", MODEL, "--host", "127.0.0.1",
         "--port", str(port), "--max-model-len", "1024", "--max-num-seqs", "64",
-        "--no-enable-prefix-caching", *KV_CACHE, *side.flags(folder),
+        "--no-enable-prefix-caching", *KV_CACHE, *DTYPE, *side.flags(folder),
     ]  # fmt: skip
-    log = folder / f"{port}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            words,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **side.environment},
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        words,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **side.environment},
+        start_new_session=True,
+    )
     try:
-        _wait(port, process, log)
-        yield port
+        yield process
     finally:
         # vLLM's children can outlive it; the group has no one else in it.
         with contextlib.suppress(ProcessLookupError):
@@ -122,11 +138,18 @@ def serve(side: Side, folder: Path) -> Iterator[int]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-            return
-        time.sleep(1)
-    raise RuntimeError(f"no server; the end of its log:\n{log.read_text()[-3000:]}")
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def answers(port: int) -> bool:
+    """Whether a server takes requests there."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+    except OSError:
+        return False
+    return True

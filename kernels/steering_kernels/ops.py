@@ -56,9 +56,9 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
-# Traced and compiled once, and called from every site of the graph. vLLM compiles a model for the CPU
-# as one graph, to which a site would otherwise add as much as half a layer. In the graphs that vLLM
-# cuts in pieces for other devices, equal layers are compiled once anyway.
+# Traced and compiled once, and called from every site of the graph. vLLM compiles a model for the
+# CPU as one graph, to which a site would otherwise add as much as half a layer. For other devices
+# it cuts the graph in pieces, and compiles equal ones once.
 _steer_region = torch.compiler.nested_compile_region(reference.steer)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -13,11 +14,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules `report`, `end_to_end` and `gpu_kernels`, as their scripts import them."""
+    """The benchmarks' modules, as their scripts import them."""
     import importlib
 
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    names = ("report", "end_to_end", "gpu_kernels")
+    names = ("report", "estimate", "loads", "end_to_end", "start_up")
     modules = {name: importlib.import_module(name) for name in names}
     yield type("Benchmarks", (), modules)
     for name in (*names, "sides"):
@@ -34,7 +35,7 @@ def test_what_was_not_run_is_said_to_be_not_run(
     benchmarks.report.write()
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| 256 | 1 | 91 | 10 |" in page
-    assert page.count("Not run.") == 2
+    assert page.count("Not run.") == 4
     assert page.count("Not run on a GPU.") == 1
 
 
@@ -47,36 +48,55 @@ def test_the_repositorys_page_is_that_of_its_files(
     assert (tmp_path / "RESULTS.md").read_text() == committed
 
 
-def test_an_interval_holds_the_median(benchmarks: Any) -> None:
-    median, low, high = benchmarks.end_to_end.interval([0.9, 1.0, 1.1, 1.0, 0.95])
-    assert low <= median == 1.0 <= high
+@pytest.mark.parametrize("shift", [1.0, 0.97])
+def test_the_interval_holds_the_truth_nineteen_times_in_twenty(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, shift: float
+) -> None:
+    """Starts that differ by as much as their runs scatter: what runs alone would not tell."""
+    monkeypatch.setattr(benchmarks.estimate, "RESAMPLES", 1000)
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(200):
+        starts = [shift * np.exp(rng.normal(0, 0.01) + rng.normal(0, 0.01, 4)) for _ in range(6)]
+        found = benchmarks.estimate.estimate(starts)
+        assert found.low <= found.ratio <= found.high
+        assert found.resolution == pytest.approx((found.high - found.low) / 2)
+        held.append(found.low <= shift <= found.high)
+    assert sum(held) >= 190
 
 
-def test_a_run_is_compared_with_the_plain_ones_around_it(benchmarks: Any) -> None:
-    end_to_end = benchmarks.end_to_end
-    ways = [w for w in end_to_end.WAYS if w.side == "selected"]
-    order = list(end_to_end.chain(ways, 2))
-    steered = [way.angles for way in order if way.side == "selected"]
-    assert steered == ["one", "each", "mixed", "none", "each", "one", "none", "mixed"]
-    runs = [(way, end_to_end.Run(10.0 + i, 1.0, 1.0)) for i, way in enumerate(order)]
-
-    def throughputs(way: Any, baseline: Any) -> list[tuple[float, float]]:
-        pairs = end_to_end.beside(runs, way, baseline)
-        return [(before.throughput, run.throughput) for before, run in pairs]
-
-    one, each, mixed, none = ways
-    assert throughputs(one, end_to_end.PLAIN) == [(10, 11), (19, 18)]
-    assert throughputs(each, end_to_end.PLAIN) == [(13, 12), (16, 17)]
-    assert throughputs(mixed, end_to_end.PLAIN) == [(13, 14), (22, 21)]
-    assert throughputs(none, end_to_end.PLAIN) == [(16, 15), (19, 20)]
-    assert throughputs(each, one) == [(11, 12), (18, 17)]
+def test_one_start_is_no_estimate(benchmarks: Any) -> None:
+    with pytest.raises(ValueError, match="two starts, got 1"):
+        benchmarks.estimate.estimate([[1.0, 1.01, 0.99]])
 
 
-def test_the_verdict_is_of_the_worst_shape(benchmarks: Any) -> None:
-    def row(tokens: int, ratio: float, share: float) -> dict[str, float]:
-        return {"tokens": tokens, "fused_over_norm": ratio, "fused_of_copy_bandwidth": share}
+def test_each_way_is_compared_with_the_plain_servers_beside_it(benchmarks: Any) -> None:
+    end_to_end, loads = benchmarks.end_to_end, benchmarks.loads
+    each = end_to_end.WAYS["each"]
 
-    good = [row(1, 1.04, 0.1), row(2048, 1.01, 0.9)]
-    assert [holds for _, holds, _ in benchmarks.gpu_kernels.verdicts(good)] == [True, True]
-    bad = [row(1, 1.06, 0.1), row(4096, 1.0, 0.84)]
-    assert [holds for _, holds, _ in benchmarks.gpu_kernels.verdicts(bad)] == [False, False]
+    def turn(plain: float, second: float, steered: float) -> Any:
+        ways = (end_to_end.PLAIN, end_to_end.SECOND, each)
+        runs = (loads.Run(t, 1.0, 0.1) for t in (plain, second, steered))
+        return dict(zip(ways, runs, strict=True))
+
+    # The machine slows down by half between rounds, and the servers with it.
+    starts = [[turn(100, 400, 198), turn(50, 200, 99)], [turn(100, 400, 202), turn(50, 200, 101)]]
+    load = loads.LOADS[0]
+    steered = end_to_end.compared(load, each, starts)["throughput"]
+    assert steered["ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert np.allclose(steered["ratios"], [[0.99, 0.99], [1.01, 1.01]])
+    second = end_to_end.compared(load, end_to_end.SECOND, starts)["throughput"]
+    assert np.allclose(second["ratios"], 4)
+
+
+def test_a_start_is_told_in_parts(benchmarks: Any) -> None:
+    ends = {"import": 9.0, "processes": 19.0, "load": 20.0, "trace": 30.0, "compile": 70.0,
+            "first run": 80.0}  # fmt: skip
+    plain = benchmarks.start_up.parts(ends, 82.0)
+    steered = benchmarks.start_up.parts({**ends, "proof": 84.0}, 86.0)
+    assert plain["compile"] == 40.0
+    assert (plain["proof"], plain["rest"], plain["whole"]) == (0.0, 2.0, 82.0)
+    assert (steered["proof"], steered["rest"]) == (4.0, 2.0)
+    row = benchmarks.start_up.compared("cold", [{"plain": plain, "selected": steered}])
+    assert row["ratios"] == [86 / 82]
+    assert row["ratios_without_proof"] == [1.0]

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from steering_kernels import norm_kernel, steer_kernel
-from steering_kernels.tuning import block_and_warps
+from steering_kernels import norm_kernel, steer_kernel, tuning
+from steering_kernels.tuning import LAYOUTS, Layout, block_and_warps
 
 ARCHITECTURES = (80, 90, 100)
 HIDDEN = (576, 8192)
@@ -35,8 +35,11 @@ def compile_steer(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, 
     return report(steer_kernel._steer, arch, hidden, pointers, {"h_stride": "i32"}, constants)
 
 
-def compile_norm(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, Any]:
-    """`_add_rms_norm_steer` with a residual, for aligned rows."""
+def compile_norm(
+    arch: int, dtype: str, hidden: int, planes: int, layout: Layout | None = None
+) -> dict[str, Any]:
+    """`_add_rms_norm_steer` with a residual, for aligned rows, in a layout (that of one token)."""
+    layout = layout or tuning.layout(hidden, 1)
     activations = ("x", "residual", "weight", "out", "residual_out")
     pointers = dict.fromkeys(activations, f"*{dtype}") | {
         "bank": "*fp32",
@@ -44,9 +47,18 @@ def compile_norm(arch: int, dtype: str, hidden: int, planes: int) -> dict[str, A
         "rows": "*fp32",
     }
     strides = {"x_stride": "i32", "residual_stride": "i32"}
-    constants = {"HIDDEN": hidden, "PLANES": planes, "HAS_RESIDUAL": True, "UNIT_OFFSET": False}
+    constants = {
+        "HIDDEN": hidden,
+        "PLANES": planes,
+        "HAS_RESIDUAL": True,
+        "UNIT_OFFSET": False,
+        "FORM": layout.form if planes == 1 else "branch",
+        "TOKENS": layout.tokens,
+    }
     kernel = norm_kernel._add_rms_norm_steer
-    return report(kernel, arch, hidden, pointers, strides, constants, {"eps": "fp32"})
+    others = {"eps": "fp32", "tokens": "i32"}
+    built = report(kernel, arch, hidden, pointers, strides, constants, others, layout.columns)
+    return {**built, "layout": str(layout)}
 
 
 def report(
@@ -57,13 +69,14 @@ def report(
     strides: dict[str, str],
     constants: dict[str, Any],
     others: dict[str, str] | None = None,
+    columns: int = 512,
 ) -> dict[str, Any]:
     """Compile a kernel; what its PTX and its machine code say.
 
     Pointers and strides are declared divisible by 16, as the launcher finds them for a model's
     aligned activations.
     """
-    block, warps = block_and_warps(hidden)
+    block, warps = block_and_warps(hidden, columns)
     constants = {**constants, "BLOCK": block}
     types = {**pointers, **strides, **(others or {})}
     names = kernel.arg_names
@@ -112,6 +125,11 @@ def main() -> None:
         for dtype in DTYPES
         for hidden in HIDDEN
         for planes in PLANES
+    ]
+    # What `make gpu-check` may find to be faster.
+    results += [
+        {"dtype": "bf16", "planes": 1, **compile_norm(90, "bf16", 8192, 1, layout)}
+        for layout in LAYOUTS
     ]
     json.dump(results, sys.stdout)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
+from unittest import mock
 
 INTERPRETER = Path(__file__).parent / "interpreter"
 # Unbound: vLLM would bind this process's threads, and those of all it starts, to cores.
@@ -209,27 +208,22 @@ def v2_environment() -> dict[str, str]:
 @contextmanager
 def triton_here(present: bool) -> Iterator[None]:
     """This process makes a V2 engine's configuration, which asks for Triton, but runs no kernel."""
-    with pytest.MonkeyPatch.context() as patch:
-        if present:
-            patch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    with mock.patch("vllm.config.vllm.HAS_TRITON", True) if present else nullcontext():
         yield
 
 
 @contextmanager
 def _inspecting_here() -> Iterator[None]:
     """vLLM asks a process of its own, 18 s a time, what each architecture's class can do."""
-    with pytest.MonkeyPatch.context() as patch:
-        registry = "vllm.model_executor.models.registry"
-        patch.setattr(f"{registry}._run_in_subprocess", lambda function: function())
+    registry = "vllm.model_executor.models.registry"
+    with mock.patch(f"{registry}._run_in_subprocess", lambda function: function()):
         yield
 
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """These variables, for the processes started within."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, variables):
         yield
 
 

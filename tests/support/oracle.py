@@ -65,7 +65,7 @@ class Turn:
 
 
 class Oracle:
-    """A causal model in fp32 whose norms' outputs are steered.
+    """A causal model, as a rule in fp32, whose norms' outputs are steered.
 
     Args:
         model: a transformers model.
@@ -75,6 +75,7 @@ class Oracle:
     def __init__(self, model: nn.Module, norms: dict[str, str] | None = None) -> None:
         self.model = model.eval()
         self.norms = norms or LLAMA_NORMS
+        self.device = next(model.parameters()).device
 
     def logprobs(self, ids: Sequence[int], turns: Sequence[Turn], prompt: int) -> Tensor:
         """Log-probabilities [len(ids), vocabulary] of what follows each token.
@@ -85,8 +86,8 @@ class Oracle:
             prompt: how many of ``ids`` are the prompt.
         """
         with torch.no_grad(), self._hooked(turns, len(ids), prompt):
-            logits = self.model(torch.tensor([list(ids)])).logits[0]
-        return torch.log_softmax(logits.double(), -1)
+            logits = self.model(torch.tensor([list(ids)], device=self.device)).logits[0]
+        return torch.log_softmax(logits.double(), -1).cpu()
 
     @contextmanager
     def _hooked(self, turns: Sequence[Turn], length: int, prompt: int) -> Iterator[None]:
@@ -94,7 +95,8 @@ class Oracle:
         for turn in turns:
             within, radians = turn.within(length, prompt), turn.radians(length, prompt)
             u = torch.stack((radians.cos(), radians.sin()), -1)  # [length, 2]
-            for site in read_plane(turn.plane):
+            within, u = within.to(self.device), u.to(self.device)
+            for site in read_plane(turn.plane, self.device):
                 norm = getattr(self._layers()[site.layer], self.norms[site.role])
                 handles.append(norm.register_forward_hook(_operation(turn, site, within, u)))
         try:
@@ -126,10 +128,10 @@ class PlaneSite:
     rho: float
 
 
-def read_plane(folder: Path) -> list[PlaneSite]:
+def read_plane(folder: Path, device: torch.device | str = "cpu") -> list[PlaneSite]:
     """Each site of an artifact."""
     config = json.loads((folder / "steering_config.json").read_text())
-    tensors = load_file(folder / "steering_plane.safetensors")
+    tensors = load_file(folder / "steering_plane.safetensors", str(device))
     sites = []
     for site in config["sites"]:
         name = f"layers.{site['layer']}.{site['role']}"

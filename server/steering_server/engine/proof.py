@@ -69,6 +69,12 @@ def prove(executor: Any, settings: Settings) -> None:
     # All ranks of data parallelism must run as many steps as each other, whatever they see.
     together = 1 if executor.vllm_config.parallel_config.data_parallel_size > 1 else requests - 1
     passes = _passes(probes, max(together, 1))
+    logger.info(
+        "Proving that steering works at %d site(s) of %d plane(s), on each worker and in each kind "
+        "of step",
+        len(settings.sites),
+        len(planes),
+    )
     seen = _together(_ask(executor, look, requests, passes))
     dead, unclear = judge(seen, passes)
     ran = sum(kind.passes for kind in seen)

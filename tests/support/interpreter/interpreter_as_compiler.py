@@ -9,9 +9,22 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def mend() -> None:
-    """Let the interpreter take masks and round as the compiler does."""
+    """Let the interpreter compare, take masks and round as the compiler does."""
+    _boolean_comparisons()
     _boolean_masks()
     _round_to_nearest_even()
+
+
+def _boolean_comparisons() -> None:
+    # A comparison's result is an i1 to the compiler; to the interpreter it is of the type that was
+    # compared, as soon as it is broadcast.
+    apply = InterpreterBuilder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = apply(self, lhs, rhs, op)
+        return TensorHandle(result.data, tl.int1) if result.data.dtype == bool else result
+
+    InterpreterBuilder.binary_op = binary_op
 
 
 def _boolean_masks() -> None:

@@ -1,0 +1,202 @@
+"""The engine with its defaults, on tiny random models: what it answers, against transformers with
+hooks on the same device."""
+
+from __future__ import annotations
+
+import operator
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from findings import Findings
+
+import engines
+import tiny
+import traffic
+from engines import Engine
+from oracle import Oracle, Turn
+from tiny import Tiny
+from traffic import Ask, Reply
+
+ARCHITECTURES = ("llama", "gemma2", "qwen3_moe")
+DTYPES = ("bfloat16", "float32")
+REQUESTS = 64
+SPARE_SECONDS = 25
+FP32_LIMIT = 1e-3
+"""Of a log-probability's error in fp32."""
+NOISE = 3.0
+"""How many times the error of unsteered answers, in bf16, a steered one's may be."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of the log-probabilities of some replies, against the oracle's after the same tokens."""
+
+    largest: float
+    far: int
+    """Greedy tokens that are not the oracle's best, nor as good within the largest error."""
+
+
+def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> None:
+    """Each architecture in bf16, then in fp32, the first of them the most thoroughly."""
+    os.environ.update(engines.IN_PROCESS)
+    kinds = [(name, dtype) for dtype in DTYPES for name in ARCHITECTURES]
+    kinds = [("llama", "float32")] if rehearse else kinds
+    with tempfile.TemporaryDirectory() as folder:
+        engines.default_environment(Path(folder) / "cache")
+        for name, dtype in kinds:
+            if findings.left() < SPARE_SECONDS and not rehearse:
+                findings.verdict(f"{name}, {dtype}", None, "no time left")
+                continue
+            try:
+                _engine(findings, rehearse, name, dtype, Path(folder) / f"{name}-{dtype}")
+            except ModuleNotFoundError:
+                raise
+            # The next engine may say more.
+            except Exception as error:  # noqa: BLE001
+                findings.verdict(
+                    f"{name}, {dtype}: runs", False, f"{type(error).__name__}: {error}"
+                )
+
+
+def _engine(findings: Findings, rehearse: bool, name: str, dtype: str, folder: Path) -> None:
+    """One engine, from its start to its end."""
+    made = tiny.steerable(name, folder)
+    device = "cpu" if rehearse else "cuda"
+    model = made.oracle.model.to(device, getattr(torch, dtype))
+    oracle = Oracle(model, made.oracle.norms)
+    asks = [
+        ask
+        for ask in traffic.asks(made.planes, 4 * REQUESTS, seed=2, greedy=True)
+        # In bf16 rounding decides who is within a gate.
+        if dtype == "float32" or all(turn.gate is None for turn in ask.turns)
+    ][: 12 if rehearse else REQUESTS]
+    options: dict[str, Any] = {"steering": {"max_planes": 3}, "dtype": dtype, "max_num_seqs": 64}
+    options |= {"enforce_eager": rehearse, "skip_tokenizer_init": True}
+    began = time.perf_counter()
+    from steering_server.engine.proof import logger
+
+    with mock.patch.object(logger, "info", wraps=logger.info) as info:
+        running = engines.start(made.model, made.planes, in_process=True, **options)
+        engine = next(running)
+    what = f"{name}, {dtype}"
+    findings.tell(engine=what, start_seconds=time.perf_counter() - began)
+    said = [text % tuple(values) for text, *values in (call.args for call in info.call_args_list)]
+    proved = [line for line in said if "proved at" in line]
+    findings.verdict(f"{what}: each site is proved at start-up", bool(proved), " ".join(proved))
+    defaults = _defaults(engine)
+    findings.verdict(
+        f"{what}: V2, compiled, full and piecewise CUDA graphs, asynchronous",
+        None if rehearse else _are_on(defaults),
+        defaults,
+    )
+    unsteered = [Ask(ask.prompt, [], None, ask.tokens) for ask in asks]
+    noise = compared(oracle, unsteered, traffic.send(engine, unsteered))
+    together = traffic.send(engine, asks)
+    found = compared(oracle, asks, together)
+    limit = FP32_LIMIT if dtype == "float32" else NOISE * noise.largest
+    findings.verdict(
+        f"{what}: {len(asks)} mixed requests in a batch are transformers' answers",
+        found.largest <= limit and found.far <= noise.far,
+        f"log-probabilities within {found.largest:.1e} (unsteered {noise.largest:.1e}), "
+        f"{found.far} tokens differ (unsteered {noise.far})",
+    )
+    if name == ARCHITECTURES[0]:
+        _alone(findings, what, engine, oracle, asks, together, limit)
+        _cached(findings, what, engine, oracle, made, limit)
+    for _ in running:
+        raise AssertionError("an engine is started once")
+
+
+def _alone(
+    findings: Findings,
+    what: str,
+    engine: Engine,
+    oracle: Oracle,
+    asks: Sequence[Ask],
+    together: Sequence[Reply],
+    limit: float,
+) -> None:
+    """The same requests, one at a time."""
+    alone = []
+    for ask in asks:
+        if findings.left() < SPARE_SECONDS / 2:
+            break
+        alone += traffic.send(engine, [ask])
+    found = compared(oracle, asks[: len(alone)], alone)
+    same = sum(map(operator.eq, map(_tokens, alone), map(_tokens, together)))
+    findings.verdict(
+        f"{what}: requests alone are what they are in the batch",
+        found.largest <= limit,
+        f"{len(alone)} alone, {same} token for token, log-probabilities within {found.largest:.1e}",
+    )
+
+
+def _cached(
+    findings: Findings, what: str, engine: Engine, oracle: Oracle, made: Tiny, limit: float
+) -> None:
+    """One prompt under eight angles, twice: another angle's blocks are never taken."""
+    prompt = [3 + 7 * i % 250 for i in range(96)]
+    plane = made.planes["two"]
+    asks = []
+    for i in range(8):
+        turns = [Turn(plane, 45.0 * i + 5, "rotate_to")]
+        asks.append(Ask(prompt, turns, traffic.fields(turns, made.planes), tokens=4))
+    engine.forget()
+    first, second = [], []
+    for replies in (first, second):
+        for ask in asks:
+            replies += traffic.send(engine, [ask])
+    found = compared(oracle, [*asks, *asks], [*first, *second])
+    cached = [sorted({reply.cached for reply in replies}) for replies in (first, second)]
+    findings.verdict(
+        f"{what}: the prefix cache gives each angle its own blocks",
+        cached[0] == [0] and cached[1][0] > 0 and found.largest <= limit,
+        f"cached tokens {cached[0]}, then {cached[1]}; within {found.largest:.1e}",
+    )
+
+
+def compared(oracle: Oracle, asks: Sequence[Ask], replies: Sequence[Reply]) -> Errors:
+    """How far replies are from the oracle's."""
+    largest, gaps = 0.0, []
+    for ask, reply in zip(asks, replies, strict=True):
+        for index, choice in enumerate(reply.choices):
+            ids = ask.prompt + choice.tokens
+            logprobs = oracle.logprobs(ids, ask.turns_of(index), len(ask.prompt))
+            steps = logprobs[len(ask.prompt) - 1 : -1]
+            of = steps.gather(1, torch.tensor(choice.tokens)[:, None])[:, 0]
+            got = torch.tensor(choice.logprobs, dtype=of.dtype)
+            largest = max(largest, float((of - got).abs().max()))
+            gaps += (steps.max(-1).values - of).tolist()
+    return Errors(largest, sum(gap > 2 * largest for gap in gaps))
+
+
+def _tokens(reply: Reply) -> list[list[int]]:
+    return [choice.tokens for choice in reply.choices]
+
+
+def _defaults(engine: Engine) -> dict[str, str]:
+    config = engine.llm.llm_engine.vllm_config
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    runner = getattr(worker, "worker", worker).model_runner
+    return {
+        "runner": type(runner).__module__,
+        "compilation": config.compilation_config.mode.name,
+        "graphs": config.compilation_config.cudagraph_mode.name,
+        "asynchronous": str(config.scheduler_config.async_scheduling),
+    }
+
+
+def _are_on(defaults: dict[str, str]) -> bool:
+    return (
+        "worker.gpu.model_runner" in defaults["runner"]
+        and defaults["compilation"] == "VLLM_COMPILE"
+        and defaults["graphs"] == "FULL_AND_PIECEWISE"
+        and defaults["asynchronous"] == "True"
+    )
