@@ -28,7 +28,7 @@ ENDS = {
     "processes": "Starting to load model",
     "load": "Warming up model for the compilation",
     "trace": "Step 2: calling compiler function",
-    "compile": "Step 2: done compiler function",
+    "compile": "saved AOT compiled function",
     "first run": "Warming up done",
     "proof": "Steering proved",
 }
