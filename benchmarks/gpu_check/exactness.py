@@ -10,7 +10,8 @@ from findings import Findings
 from torch import Tensor
 
 from cases import EPS, Case, error
-from steering_kernels import add_rms_norm_steer, norm_kernel, reference, steer
+from steering_kernels import Mode, add_rms_norm_steer, norm_kernel, reference, steer
+from steering_kernels.rows import MODE
 from steering_kernels.tuning import LAYOUTS, Layout
 
 WIDTHS = (4096, 3584, 576, 8192, 896, 2304, 507, 64)
@@ -64,7 +65,7 @@ def compared(case: Case, rehearse: bool) -> Iterator[tuple[str, float, int]]:
     truth = case.truth(case.x)
     plain = reference.steer(x, bank, classes, rows)
     fast = steer(x.clone(), bank, classes, rows, "triton")
-    idle = (rows[..., 3] == 0).all(-1)  # no plane is on
+    idle = (rows[..., MODE] == Mode.OFF).all(-1)  # no plane is on
     yield "steer", error(fast, truth) - error(plain, truth), _differ(fast[idle], x[idle])
 
     offset = case.unit_offset
@@ -72,7 +73,7 @@ def compared(case: Case, rehearse: bool) -> Iterator[tuple[str, float, int]]:
     normed, _ = case.norm_truth(case.residual)
     truth = case.truth(normed)
     off = rows.clone()
-    off[..., 3] = 0
+    off[..., MODE] = Mode.OFF
     layouts = LAYOUTS if case.planes == 1 else (Layout(),)
     if rehearse:
         layouts = tuple(layout for layout in layouts if layout.columns == 1024)

@@ -26,9 +26,8 @@ class Choice:
 def choose(device: torch.device, wanted: Literal["auto", "triton", "torch"] = "auto") -> Choice:
     """The kernels for a device.
 
-    ``torch`` is plain torch traced into the model's graph, where Inductor fuses it with the norm
-    before it; ``triton`` is ours. On a CPU the first is the faster one, since an opaque op cannot
-    be fused, and Triton only has its interpreter.
+    ``torch`` is plain torch traced into the model's graph, which Inductor compiles; ``triton`` is
+    ours. On a CPU Triton only has its interpreter.
 
     Raises:
         ValueError: Triton's kernels wanted where they cannot run.

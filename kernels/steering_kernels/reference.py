@@ -1,4 +1,4 @@
-"""The kernels' twins in plain torch, and the code that Inductor fuses on the CPU."""
+"""The kernels' twins in plain torch, and the code that Inductor compiles on the CPU."""
 
 from __future__ import annotations
 

@@ -95,8 +95,7 @@ def wire(norm: nn.Module, bank: Tensor, classes: Tensor, rows: Tensor, kernels: 
         bank: [slots, 2, d] float32.
         classes: [slots, 5] float32.
         rows: [max tokens, planes, 7] float32, shared by all sites.
-        kernels: what steers. On plain torch no norm is fused by us: Inductor does it, and an
-            unsteered token's norm stays vLLM's own.
+        kernels: what steers. On plain torch no norm is fused by us: it stays vLLM's own.
     """
     # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
     norm.register_buffer("steering_bank", bank, persistent=False)
