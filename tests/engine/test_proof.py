@@ -40,7 +40,7 @@ llama = pytest.mark.usefixtures("whole_llama")
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the proof says."""
+    """What the proof says: first that it begins, then what it found."""
     lines: list[str] = []
 
     def say(message: str, *args: Any) -> None:
@@ -96,7 +96,7 @@ def after(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -
 def test_weights_so_small_that_a_turn_is_lost_are_proved(tiny_llama: Tiny, log: list[str]) -> None:
     """vLLM's dummy weights lie within 0.001: in bfloat16 what an MLP adds hardly shows."""
     for _ in start(tiny_llama, dtype="bfloat16", load_format="dummy"):
-        assert "Steering proved at 8 site(s)" in log[0]
+        assert "Steering proved at 8 site(s)" in log[-1]
 
 
 @pytest.mark.parametrize("options", [{}, TRACED], ids=["eager", "traced"])
@@ -123,7 +123,8 @@ def test_every_site_is_proved_and_nothing_of_it_stays(
     monkeypatch.setattr(CPUModelRunner, "execute_model", counted)
     monkeypatch.setattr(proof, "prove", between)
     for engine in start(tiny_llama, **options):
-        (line,) = log
+        begins, line = log
+        assert begins.startswith("Proving that steering works at 8 site(s) of 3 plane(s)")
         said = re.match(
             r"Steering proved at 8 site\(s\) of 3 plane\(s\) in \d+\.\d\d s, in (\d+) forward "
             r"passes: decode step with 1 token\(s\) a request .*, prefill step with 2 token",
@@ -164,7 +165,7 @@ def test_a_model_takes_less_than_a_forward_pass_a_site(
     sites = [f"{layer}.{role}" for layer in range(9, 21) for role in ("attn_in", "mlp_in")]
     plane = random_plane(tmp_path / "wide", sites)
     for _ in engines.start(smollm2, {"wide": plane}, in_process=True):
-        said = re.match(r"Steering proved at 24 .* in (\d+\.\d\d) s, in (\d+) forward", log[0])
+        said = re.match(r"Steering proved at 24 .* in (\d+\.\d\d) s, in (\d+) forward", log[-1])
         assert said is not None, log
         assert int(said[2]) <= len(sites)
 
@@ -287,7 +288,7 @@ def test_requests_that_change_each_other_are_tried_one_at_a_time(
     else:
         for _ in start(tiny_llama):
             # Shared passes first; then both kinds of step with each of the 12 probes alone.
-            assert f"in {11 + (1 + 2 + 1 + 12) + (2 + 1 + 12)} forward passes" in log[0]
+            assert f"in {11 + (1 + 2 + 1 + 12) + (2 + 1 + 12)} forward passes" in log[-1]
 
 
 def test_a_model_that_does_not_compute_the_same_twice_is_judged_by_its_noise(
@@ -295,7 +296,7 @@ def test_a_model_that_does_not_compute_the_same_twice_is_judged_by_its_noise(
 ) -> None:
     after(monkeypatch, lambda hidden: hidden + 1e-5 * torch.randn_like(hidden))
     for _ in start(tiny_llama):
-        assert "above the noise of a model that does not compute the same twice" in log[0]
+        assert "above the noise of a model that does not compute the same twice" in log[-1]
 
 
 def test_steering_that_turns_nothing_and_changes_something_stops_the_start(
