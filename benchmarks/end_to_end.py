@@ -26,7 +26,8 @@ from rich.console import Console
 import report
 import sides
 from estimate import estimate
-from loads import FIGURES, LOADS, Load, Run, run
+from figures import FIGURES, Run, ratio
+from loads import LOADS, Load, run
 from sides import SIDES
 
 
@@ -96,11 +97,7 @@ def compared(load: Load, way: Way, starts: Sequence[Sequence[Turn]]) -> dict[str
     }
     for figure in FIGURES:
         ratios = [
-            [
-                getattr(turn[way], figure)
-                / statistics.geometric_mean(getattr(turn[plain], figure) for plain in against)
-                for turn in turns
-            ]
+            [ratio(figure, turn[way], (turn[plain] for plain in against)) for turn in turns]
             for turns in starts
         ]
         row[figure] = {**asdict(estimate(ratios)), "ratios": ratios}

@@ -1,4 +1,4 @@
-"""What a server is asked, and how long it took."""
+"""What a server is asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import aiohttp
 
 import sides
-
-FIGURES = ("throughput", "ttft", "itl")
+from figures import Run
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,6 @@ LOADS = (
     Load(32, 256, 8, runs=1),
     Load(64, 256, 8, runs=1),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """Tokens a second, and medians over the requests in seconds."""
-
-    throughput: float
-    ttft: float
-    itl: float
 
 
 async def run(port: int, load: Load, angles: str, seed: int) -> Run:

@@ -23,7 +23,7 @@ from pathlib import Path
 from findings import Findings, read
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("steering_vectors", "kernels", "server", "tests/support")
+SOURCES = ("steering_vectors", "kernels", "server", "tests/support", "benchmarks")
 INTERPRETER = ROOT / "tests/support/interpreter"
 KERNELS = ("exactness", "speed")
 STEPS = {"exactness": 60, "speed": 90, "engine": 150, "serving": 400}

@@ -22,6 +22,8 @@ from typing import Any
 
 from findings import Findings
 
+from figures import FIGURES, Run, ratio
+
 SHAPE = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
@@ -65,15 +67,6 @@ REHEARSED_LOADS = (Load(1, 8, 4), Load(4, 8, 4), Load(1, 64, 1))
 
 
 @dataclass(frozen=True)
-class Run:
-    """Tokens a second (of a prefill its prompt's), and medians over the requests in seconds."""
-
-    throughput: float
-    ttft: float
-    itl: float
-
-
-@dataclass(frozen=True)
 class Way:
     """An engine, and whether each request has an angle of its own; at least this much of plain
     vLLM's throughput, decoding and in a prefill."""
@@ -91,19 +84,25 @@ WAYS = (
     Way("planes loaded, unsteered", "selected", False, 0.995, 0.995),
     Way("selected sites, an angle each", "selected", True, 0.99, 0.985),
 )
-EVERYWHERE = (Way("all sites, an angle each", "all", True, None, None),)
+OTHERS = (
+    Way("selected sites, an angle each, norms kept", "kept", True, None, None),
+    Way("selected sites, unsteered, norms kept", "kept", False, None, None),
+    Way("all sites, an angle each", "all", True, None, None),
+)
 PLAIN = Way("plain vLLM", "plain", False, None, None)
 
 
 def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> None:
-    """Plain vLLM beside a second one and ours; then beside ours at all sites."""
+    """Plain vLLM beside a second one and ours; then beside ours with vLLM's norms, and ours at all
+    sites."""
     shape = REHEARSED if rehearse else SHAPE
     loads = REHEARSED_LOADS if rehearse else LOADS
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as plain_stack:
         folder = Path(name)
         model = make_model(folder / "model", shape)
         planes = {
-            "selected": make_plane(folder / "selected", model, shape, every=2),
+            "selected": (half := make_plane(folder / "selected", model, shape, every=2)),
+            "kept": half,
             "all": make_plane(folder / "all", model, shape, every=1),
         }
 
@@ -119,10 +118,10 @@ def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> Non
             findings.tell(start_seconds=time.monotonic() - began, engines=["plain", *more])
             _compare(findings, {**engines, **more}, WAYS, loads, rehearse, share=0.6)
         if findings.left() < START_SECONDS / 2 and not rehearse:
-            findings.verdict("all sites", None, "no time left")
+            findings.verdict("norms kept, and all sites", None, "no time left")
             return
-        with up("all") as more:
-            _compare(findings, {**engines, **more}, EVERYWHERE, loads, rehearse, share=1.0)
+        with up("kept", "all") as more:
+            _compare(findings, {**engines, **more}, OTHERS, loads, rehearse, share=1.0)
 
 
 def _compare(
@@ -154,13 +153,12 @@ def _compare(
             against = (PLAIN,) if way == SECOND or SECOND not in ways else (PLAIN, SECOND)
             ratios = {
                 figure: [
-                    getattr(mine, figure)
-                    / statistics.geometric_mean(getattr(other, figure) for other in others)
+                    ratio(figure, mine, others)
                     for mine, *others in zip(
                         seen[way, load], *(seen[plain, load] for plain in against), strict=True
                     )
                 ]
-                for figure in ("throughput", "ttft", "itl")
+                for figure in FIGURES
             }
             middle = statistics.median(ratios["throughput"])
             bound = way.prefill if load.tokens == 1 else way.decode
@@ -204,7 +202,8 @@ def start(
         options = {**ENGINE, "model": str(model), "dtype": "bfloat16"}
         if name in planes:
             steering = {"planes": {name: str(planes[name])}}
-            options["additional_config"] = {"steering": steering}
+            norms = {"norms": "kept"} if name == "kept" else {}
+            options["additional_config"] = {"steering": {**steering, **norms}}
         if rehearse:
             options |= {"enforce_eager": True, "dtype": "float32", "max_model_len": 256,
                         "kv_cache_memory_bytes": 1 << 26}  # fmt: skip

@@ -98,6 +98,8 @@ def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> Non
                 measure(name, shape, alone(shape, norm))
                 measure(f"{name}, then in place", shape, then_in_place(shape, norm))
             if findings.left() < SPARE_SECONDS:
+                up_to = f"no time left after {shape.tokens} x {hidden}"
+                findings.verdict("vLLM's norms, and every layout, were timed", None, up_to)
                 return
     _beside_vllm(findings, times)
     candidates = [c for c in LAYOUTS if c.columns == 1024] if rehearse else LAYOUTS

@@ -59,6 +59,7 @@ def _no_triton(device: torch.device) -> str | None:
 # CPU as one graph, to which a site would otherwise add as much as half a layer. For other devices
 # it cuts the graph in pieces, and compiles equal ones once.
 _steer_region = torch.compiler.nested_compile_region(reference.steer)
+_norm_region = torch.compiler.nested_compile_region(reference.add_rms_norm_steer)
 
 
 def steer(
@@ -112,9 +113,10 @@ def add_rms_norm_steer(
     if weight.shape != x.shape[1:]:
         raise ValueError(f"weight must be [{x.shape[1]}], got {list(weight.shape)}")
     if kernels == "torch":
-        return reference.add_rms_norm_steer(
-            x, residual, weight, eps, bank, classes, rows, unit_offset
-        )
+        # A region cannot be given one tensor twice.
+        once = x.device.type == "cpu" and residual is not x
+        norm = _norm_region if once else reference.add_rms_norm_steer
+        return norm(x, residual, weight, eps, bank, classes, rows, unit_offset)
     x = _side_by_side(x)
     if residual is None:
         return _norm_op(x, weight, eps, bank, classes, rows, unit_offset), None

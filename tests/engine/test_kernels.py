@@ -19,9 +19,16 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def start(tiny: Tiny, kernels: str) -> Iterator[Engine]:
-    """A V2 engine of the tiny model with these kernels."""
-    steering = {"max_planes": 2, "kernels": kernels}
+WAYS = {
+    f"{kernels}, {norms}": {"kernels": kernels, "norms": norms}
+    for kernels in ("triton", "torch")
+    for norms in ("fused", "kept")
+}
+
+
+def start(tiny: Tiny, way: str) -> Iterator[Engine]:
+    """A V2 engine of the tiny model that steers this way."""
+    steering = {"max_planes": 2, **WAYS[way]}
     yield from engines.start(tiny.model, tiny.planes, v2=True, steering=steering, **OPTIONS)
 
 
@@ -31,12 +38,15 @@ def test_the_kernels_agree_with_plain_torch_and_with_transformers(
 ) -> None:
     asks = traffic.asks(tiny_llama.planes, 16, seed=4, greedy=True, longest=40)
     replies = {}
-    for kernels in ("triton", "torch"):
-        for engine in start(tiny_llama, kernels):
-            replies[kernels] = traffic.send(engine, asks)
-        assert f"on {kernels} kernels (asked for)" in "".join(capfd.readouterr())
-    for ask, fast, plain in zip(asks, replies["triton"], replies["torch"], strict=True):
-        traffic.check(tiny_llama.oracle, ask, fast)
-        assert fast.choices[0].tokens == plain.choices[0].tokens
-        expected = pytest.approx(plain.choices[0].logprobs, abs=1e-4)
-        assert fast.choices[0].logprobs == expected
+    for way, options in WAYS.items():
+        for engine in start(tiny_llama, way):
+            replies[way] = traffic.send(engine, asks)
+        says = f"on {options['kernels']} kernels (asked for), norms {options['norms']}:"
+        assert says in "".join(capfd.readouterr())
+    plain = replies.pop("torch, kept")
+    for others in replies.values():
+        for ask, reply, other in zip(asks, plain, others, strict=True):
+            traffic.check(tiny_llama.oracle, ask, other)
+            assert other.choices[0].tokens == reply.choices[0].tokens
+            expected = pytest.approx(reply.choices[0].logprobs, abs=1e-4)
+            assert other.choices[0].logprobs == expected

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
+import torch
+from torch._inductor import config
 
 from steering_server.engine import patches, plugin
 from steering_server.engine.patches import (
+    COMPILER,
     FRONT_END,
     OVERRIDES,
     PATCHES,
@@ -37,7 +41,9 @@ def test_what_is_applied_is_the_ledger() -> None:
     assert apply() == before
 
 
-@pytest.mark.parametrize("entry", [*PATCHES, *FRONT_END, *OVERRIDES], ids=lambda e: e.target)
+@pytest.mark.parametrize(
+    "entry", [*PATCHES, *FRONT_END, *COMPILER, *OVERRIDES], ids=lambda e: e.target
+)
 def test_every_entry_says_why_and_fits_this_vllm(entry: Patch | Override) -> None:
     assert len(entry.why) > 20
     assert entry.parameters
@@ -58,6 +64,47 @@ def test_a_vllm_that_is_not_as_the_ledger_says_is_refused(
     entry = next(p for p in PATCHES if p.target.endswith("Worker.load_model"))
     with pytest.raises(PatchError, match=named):
         patches.check(dataclasses.replace(entry, **change))  # type: ignore[arg-type]
+
+
+def test_no_shape_of_a_graph_is_taken_anew_for_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the patch all that follows a region is; then this fails, and the patch can go, when
+    PyTorch is mended."""
+    from torch._inductor import fx_utils
+
+    update = fx_utils.FakeTensorUpdater.incremental_update
+    updated: list[int] = []
+
+    def counted(self: fx_utils.FakeTensorUpdater) -> int:
+        updated.append(update(self))
+        return updated[-1]
+
+    monkeypatch.setattr(fx_utils.FakeTensorUpdater, "incremental_update", counted)
+    region = torch.compiler.nested_compile_region(lambda x: x.sin() + 1)
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = region(x @ x)
+        return x
+
+    original = inspect.unwrap(fx_utils._is_fake_tensor_same)
+    monkeypatch.setattr(fx_utils, "_is_fake_tensor_same", original)
+    counts = []
+    for mend in (lambda: None, patches.apply_compiler):
+        mend()
+        updated.clear()
+        torch.compiler.reset()
+        with config.patch(force_disable_caches=True), torch.inference_mode():
+            torch.compile(layers, fullgraph=True)(torch.rand(4, 4))
+        counts.append(sum(updated))
+    assert counts[0] > counts[1] == 0
+
+
+def test_a_compiler_that_is_not_as_the_ledger_says_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = "torch._inductor.fx_utils:_are_the_same"
+    monkeypatch.setattr(patches, "COMPILER", (dataclasses.replace(COMPILER[0], target=target),))
+    patches.apply_compiler()
 
 
 def test_a_target_has_one_patch() -> None:

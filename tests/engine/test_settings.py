@@ -51,6 +51,33 @@ def test_kernels_that_cannot_run_stop_the_start(resolved: Settings) -> None:
         settings.resolved(settings.load_planes(), CPU)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "asked", "where", "chosen"),
+    [
+        ("triton", "auto", {}, "fused"),
+        ("triton", "auto", {"compiled": False}, "fused"),
+        ("triton", "auto", {"all_reduce_fused": True}, "kept"),
+        ("triton", "fused", {"all_reduce_fused": True}, "fused"),
+        ("triton", "kept", {}, "kept"),
+        ("torch", "auto", {}, "fused"),
+        ("torch", "auto", {"compiled": False}, "kept"),
+        ("torch", "auto", {"all_reduce_fused": True}, "kept"),
+        ("torch", "fused", {"compiled": False}, "fused"),
+    ],
+)
+def test_norms_are_ours_where_that_is_fewer_kernels(
+    resolved: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: str,
+    asked: str,
+    where: dict[str, bool],
+    chosen: str,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    settings = resolved.model_copy(update={"kernels": kernels, "norms": asked})
+    assert settings.resolved(settings.load_planes(), CPU, **where).chosen_norms == chosen
+
+
 def test_other_code_in_a_worker_is_refused(resolved: Settings) -> None:
     settings = resolved.model_copy(update={"code": "0" * 64})
     with pytest.raises(SettingsError, match=r"worker's code .* the server's is 000000000000"):

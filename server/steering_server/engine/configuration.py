@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.usage.usage_lib import UsageContext
 
 from steering_planes import open_plane
@@ -23,6 +24,7 @@ FLAGS = (
     "steering_max_planes",
     "steering_allow_model_mismatch",
     "steering_kernels",
+    "steering_norms",
     "steering_skip_proof",
     "steering_default",
     "steering_required",
@@ -75,6 +77,13 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
         "faster one on this device).",
     )
     group.add_argument(
+        "--steering-norms",
+        choices=["auto", "fused", "kept"],
+        help="What selected sites have: our norm, which steers in the same pass, or vLLM's own, "
+        "whose output is then steered (default: ours, but vLLM's where it fuses norms with the "
+        "all-reduce before them, and for plain torch that is not compiled).",
+    )
+    group.add_argument(
         "--steering-skip-proof",
         action="store_true",
         help="Start without the proof that each site steers, which costs some forward passes.",
@@ -114,7 +123,7 @@ def _fold(args: argparse.Namespace) -> None:
     for flag in ("allow_model_mismatch", "skip_proof", "required"):
         if getattr(args, f"steering_{flag}", False):
             section[flag] = True
-    for flag in ("kernels", "default"):
+    for flag in ("kernels", "norms", "default"):
         if (value := getattr(args, f"steering_{flag}", None)) is not None:
             section[flag] = value
     if presets := getattr(args, "steering_preset", None):
@@ -206,8 +215,17 @@ def create_engine_config(
         enable_everywhere()
         patches.apply_front_end()
     device = torch.device(vllm_config.device_config.device_type)
-    resolved = settings.resolved(planes, device).model_dump(mode="json")
-    vllm_config.additional_config = {**vllm_config.additional_config, SECTION: resolved}
+    compilation = vllm_config.compilation_config
+    resolved = settings.resolved(
+        planes,
+        device,
+        compiled=compilation.mode != CompilationMode.NONE,
+        all_reduce_fused=bool(compilation.pass_config.fuse_allreduce_rms),
+    )
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        SECTION: resolved.model_dump(mode="json"),
+    }
     return vllm_config
 
 

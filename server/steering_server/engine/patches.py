@@ -1,4 +1,5 @@
-"""THE ledger: every place of vLLM that steering touches, why, and when it can go."""
+"""THE ledger: every place of vLLM, and of what it stands on, that steering touches, why, and when
+it can go."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One function of vLLM, wrapped.
+    """One function, wrapped.
 
     Attributes:
         target: ``module:function`` or ``module:Class.function``.
@@ -158,6 +159,19 @@ FRONT_END = (
 )
 """Of the processes that take requests; workers need not import what these do."""
 
+COMPILER = (
+    Patch(
+        target="torch._inductor.fx_utils:_is_fake_tensor_same",
+        wrapper="steering_server.engine.compiling:is_fake_tensor_same",
+        parameters=("new", "old", "existing_storages"),
+        why="PyTorch 2.13 holds a tensor to be another than itself, and so takes the shapes of all "
+        "that follows a region of a graph anew, twice a compilation: seconds of each start",
+        until="PyTorch holds them to be the same",
+    ),
+)
+"""Of workers that compile plain torch. They spare time and change nothing else, so a PyTorch that
+is not as they say is left as it is."""
+
 OVERRIDES = (
     Override(
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs",
@@ -204,8 +218,19 @@ def apply_front_end() -> None:
         _wrap(patch)
 
 
+def apply_compiler() -> None:
+    """Apply of :data:`COMPILER` what there is something for. Applied already, it stays as it is."""
+    for patch in COMPILER:
+        try:
+            check(patch)
+        except (PatchError, ModuleNotFoundError) as error:
+            logger.debug("Not patched: %s", error)
+        else:
+            _wrap(patch)
+
+
 def check(entry: Patch | Override) -> None:
-    """Compare an entry with the installed vLLM.
+    """Compare an entry with what is installed.
 
     Raises:
         PatchError: naming the target and what is missing.
@@ -225,7 +250,7 @@ def _resolve(path: str) -> tuple[Any, str, Any]:
     for part in outer:
         owner = getattr(owner, part, None)
     if owner is None or name not in vars(owner):
-        raise PatchError(f"{path} does not exist in this vLLM")
+        raise PatchError(f"{path} does not exist")
     return owner, name, vars(owner)[name]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from steering_planes import Site, find_sites
+from steering_server.engine import patches
 from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
 from steering_server.engine.rows import Rows
@@ -167,8 +168,11 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         device=worker.device,
     )
     choice = settings.kernels_on(worker.device)
+    if choice.kernels == "torch":
+        patches.apply_compiler()
+    fuse = settings.chosen_norms == "fused"
     for site in here:
-        wire(norms[site], bank.bases[site], bank.classes[site], rows.tokens, choice.kernels)
+        wire(norms[site], bank.bases[site], bank.classes[site], rows.tokens, choice.kernels, fuse)
     if worker.use_v2_model_runner:
         retype(runner.model_state, steered_model_state)
         runner.model_state.steering = rows
@@ -181,10 +185,11 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
         runner._steering_order = []
     worker.steering = Wiring(bank, rows, {site: norms[site] for site in here}, layers)
     logger.info(
-        "Steering %d site(s) with plane(s) %s on %s kernels (%s): %s",
+        "Steering %d site(s) with plane(s) %s on %s kernels (%s), norms %s: %s",
         len(here),
         ", ".join(settings.planes),
         choice.kernels,
         choice.why,
+        settings.chosen_norms,
         " ".join(map(str, here)),
     )

@@ -26,6 +26,10 @@ traced for one layout of sites, one kind of kernels or one version of their code
 another.
 """
 
+Norms = Literal["fused", "kept"]
+"""At selected sites: our norm, which steers in the same pass; or vLLM's own, with all that vLLM
+fuses into it, whose output is steered."""
+
 _ENGINE = ("bank.py", "rows.py", "sites.py")
 
 
@@ -64,6 +68,8 @@ class Settings(BaseModel):
     """Accept a plane that was calibrated on another model of the same shape."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What rotates; see :func:`steering_kernels.choose`."""
+    norms: Literal["auto", "fused", "kept"] = "auto"
+    """Whether ours, steering included, replace vLLM's; see :meth:`resolved`."""
     skip_proof: bool = False
     """Start without having seen that each site steers; see :mod:`steering_server.engine.proof`."""
     default: str | None = None
@@ -76,6 +82,8 @@ class Settings(BaseModel):
     sites: tuple[str, ...] = ()
     chosen: Kernels | None = None
     """What ``kernels`` comes to on the server's device."""
+    chosen_norms: Norms | None = None
+    """What ``norms`` comes to there."""
     code: str = ""
     """See :func:`graph_code`."""
 
@@ -125,19 +133,37 @@ class Settings(BaseModel):
                 )
         return planes
 
-    def resolved(self, planes: dict[str, Plane], device: torch.device) -> Settings:
+    def resolved(
+        self,
+        planes: dict[str, Plane],
+        device: torch.device,
+        *,
+        compiled: bool = True,
+        all_reduce_fused: bool = False,
+    ) -> Settings:
         """With all that shapes the graph: the planes' digests, the union of their sites, what
-        rotates on ``device``, and the code around it.
+        rotates on ``device``, in which norms, and the code around it.
+
+        Args:
+            planes: the configured ones, by name.
+            device: the workers'.
+            compiled: whether vLLM compiles the model.
+            all_reduce_fused: whether it then fuses norms with the all-reduce before them.
 
         Raises:
             SettingsError: kernels that cannot run there.
         """
         sites = sorted({site for plane in planes.values() for site in plane.sites})
+        kernels = self._choose(device).kernels
+        # In place of one fused kernel, ours would be two; uncompiled, plain torch would be many.
+        keep = all_reduce_fused or (kernels == "torch" and not compiled)
+        norms: Norms = "kept" if keep else "fused"
         return self.model_copy(
             update={
                 "digests": {name: plane.digest for name, plane in planes.items()},
                 "sites": tuple(map(str, sites)),
-                "chosen": self._choose(device).kernels,
+                "chosen": kernels,
+                "chosen_norms": norms if self.norms == "auto" else self.norms,
                 "code": graph_code(),
             }
         )

@@ -86,7 +86,9 @@ def is_fusable(norm: nn.Module) -> bool:
     return type(norm) is GemmaRMSNorm
 
 
-def wire(norm: nn.Module, bank: Tensor, classes: Tensor, rows: Tensor, kernels: Kernels) -> None:
+def wire(
+    norm: nn.Module, bank: Tensor, classes: Tensor, rows: Tensor, kernels: Kernels, fuse: bool
+) -> None:
     """Turn ``norm`` into a steered one, in place.
 
     Args:
@@ -95,14 +97,14 @@ def wire(norm: nn.Module, bank: Tensor, classes: Tensor, rows: Tensor, kernels: 
         bank: [slots, 2, d] float32.
         classes: [slots, 5] float32.
         rows: [max tokens, planes, 7] float32, shared by all sites.
-        kernels: what steers. On plain torch no norm is fused by us: it stays vLLM's own.
+        kernels: what steers.
+        fuse: whether our kernel computes the norm as well, where it can. Else vLLM's own runs, and
+            whatever its compiler passes make of it.
     """
     # Buffers, so that the compiler lifts them to inputs of the graph rather than constants in it.
     norm.register_buffer("steering_bank", bank, persistent=False)
     norm.register_buffer("steering_classes", classes, persistent=False)
     norm.register_buffer("steering_rows", rows, persistent=False)
     norm.steering_kernels = kernels  # type: ignore[assignment]
-    kind: Callable[[Any], type] = (
-        fused_norm if kernels == "triton" and is_fusable(norm) else steered_norm
-    )
+    kind: Callable[[Any], type] = fused_norm if fuse and is_fusable(norm) else steered_norm
     retype(norm, kind)
