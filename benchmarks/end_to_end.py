@@ -53,7 +53,7 @@ WAYS = {
 }
 # A vLLM worker polls for a second after its last step: on few cores, whoever runs next is slowed.
 PAUSE_SECONDS = 1.2
-STARTS = 6
+STARTS = 5
 
 Turn = Mapping[Way, Run]
 """One run of every way, next to each other in time."""
@@ -65,7 +65,7 @@ def take_turns(
     """A load's runs in one round of starts, after one run each that is not counted."""
     for way in ways:
         time.sleep(PAUSE_SECONDS)
-        warm_up = Load(load.concurrency, min(load.prompt, 32), 2, 1)
+        warm_up = Load(min(load.concurrency, 8), 32, 2, 1)
         asyncio.run(run(ports[way.side], warm_up, way.angles, 0))
     turns = []
     for _ in range(load.runs):

@@ -31,7 +31,8 @@ def estimate(starts: Sequence[Sequence[float]]) -> Estimate:
     count as so many observations: starts are drawn first, then each one's runs. A start says the
     median of its runs, and the estimate is the geometric mean of the starts. Few starts make the
     percentile interval too narrow; it is widened to what Student's t gives for as many (the
-    "expanded percentile interval" of Hesterberg, arXiv 1411.5279, section 5.3).
+    "expanded percentile interval" of Hesterberg, arXiv 1411.5279, section 5.3). Redrawing runs adds
+    to the spread that they already give the starts, so the interval errs on the wide side.
 
     Args:
         starts: for each start, the ratio of each of its runs; at least two starts.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,6 +115,10 @@ def step(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         findings.verdict("the packages that it needs are there", None, f"no {error.name}")
         return NOT_RUN
+    # The other steps may say more.
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        findings.verdict("the step runs to its end", False, f"{type(error).__name__}: {error}")
     return FAILED if findings.failed else PASSED
 
 

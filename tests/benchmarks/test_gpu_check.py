@@ -104,3 +104,19 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert status == 2
     assert [(v["holds"], v["figure"]) for v in verdicts] == [(None, "torch sees none")]
+
+
+def test_a_step_that_breaks_is_a_verdict(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from steering_kernels import reference\n"
+        "def broken(*args):\n"
+        "    raise RuntimeError('no such kernel')\n"
+        "reference.steer = broken\n"
+    )
+    status, verdicts, said = run(
+        "--rehearse", "--steps", "exactness", output=tmp_path / "found.jsonl",
+        environment={"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert status == 1, said[-4000:]
+    (verdict,) = verdicts
+    assert (verdict["holds"], verdict["figure"]) == (False, "RuntimeError: no such kernel")
