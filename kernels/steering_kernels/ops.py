@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,11 +57,21 @@ def _no_triton(device: torch.device) -> str | None:
     return None
 
 
+def _region(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of which a graph holds one copy for all calls that differ in tensors alone."""
+    region = torch.compiler.nested_compile_region
+    # PyTorch takes more than eight copies for a fault. An older one, which has no such bound, does
+    # not know its name either.
+    known = inspect.signature(region).parameters
+    bound = {"max_reuse_entries": sys.maxsize} if "max_reuse_entries" in known else {}
+    return region(function, **bound)
+
+
 # Traced and compiled once, and called from every site of the graph. vLLM compiles a model for the
 # CPU as one graph, to which a site would otherwise add as much as half a layer. For other devices
 # it cuts the graph in pieces, and compiles equal ones once.
-_steer_region = torch.compiler.nested_compile_region(reference.steer)
-_norm_region = torch.compiler.nested_compile_region(reference.add_rms_norm_steer)
+_steer_region = _region(reference.steer)
+_norm_region = _region(reference.add_rms_norm_steer)
 
 
 def steer(

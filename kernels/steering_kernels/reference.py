@@ -86,9 +86,16 @@ def operate(x: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> tuple[Ten
         new = smaller + gain.clamp(min=0.0)
         old = smaller - gain.clamp(max=0.0)
         scale = torch.where((keep != 0) & (new > GONE * old), (old / new).sqrt(), 1.0)
+        d1, d2, scale, acts = map(_once, (d1, d2, scale, acts))
         x = torch.where(acts, (x + d1 * b1 + d2 * b2) * scale, x)
         acted = acted | acts
     return x, acted
+
+
+def _once(x: Tensor) -> Tensor:
+    """A value a token, [T, 1], that the compiler keeps. For a CPU it would compute it anew with
+    each few of the token's elements; what is asked for by its strides it puts into memory."""
+    return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x
 
 
 def _step(
@@ -136,7 +143,7 @@ def add_rms_norm_steer(
     if residual is not None:
         value = value + residual.float()
         total = value.to(x.dtype)
-    normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    normed = value * _once(torch.rsqrt(value.square().mean(-1, keepdim=True) + eps))
     if unit_offset:
         normed = normed * (weight.float() + 1.0)
     else:

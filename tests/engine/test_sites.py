@@ -190,6 +190,24 @@ def test_a_norm_of_the_sum_of_a_tensor_and_itself_compiles(first: bool) -> None:
         assert torch.allclose(got, expected(plain(x.clone(), other.clone())[0]), atol=5e-6)
 
 
+def test_norms_that_differ_in_a_number_are_each_computed_with_their_own() -> None:
+    """A graph holds one copy of what is equal, and any number of what is not."""
+    epsilons = [2.0**-i for i in range(10)]
+    norms, plain = [rms_norm() for _ in epsilons], rms_norm()
+    for norm, eps in zip(norms, epsilons, strict=True):
+        norm.variance_epsilon = eps  # type: ignore[assignment]
+        wire(norm, BANK, CLASSES, ROWS, "torch", fuse=True)
+
+    def step(x: Tensor) -> list[Tensor]:
+        return [norm(x) for norm in (*norms, *norms)]
+
+    x = torch.randn(6, HIDDEN)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
+    for out, eps in zip(got, (*epsilons, *epsilons), strict=True):
+        plain.variance_epsilon = eps  # type: ignore[assignment]
+        assert torch.allclose(out, expected(plain(x.clone())), atol=5e-6)
+
+
 def test_a_subclass_is_not_taken_for_what_it_derives_from() -> None:
     from vllm.model_executor.layers.layernorm import RMSNorm
 
