@@ -59,12 +59,13 @@ def _no_triton(device: torch.device) -> str | None:
 
 def _region(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of which a graph holds one copy for all calls that differ in tensors alone."""
-    region = torch.compiler.nested_compile_region
+    region: Any = torch.compiler.nested_compile_region
     # PyTorch takes more than eight copies for a fault. An older one, which has no such bound, does
     # not know its name either.
     known = inspect.signature(region).parameters
     bound = {"max_reuse_entries": sys.maxsize} if "max_reuse_entries" in known else {}
-    return region(function, **bound)
+    marked: Callable[..., Any] = region(function, **bound)
+    return marked
 
 
 # Traced and compiled once, and called from every site of the graph. vLLM compiles a model for the
