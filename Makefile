@@ -74,6 +74,7 @@ $(CLIENTS)/.set-up:
 	$(CLIENTS)/bin/pip install --quiet 'litellm[proxy]>=1.100' 'lm-eval[api]>=0.4.9' transformers
 	touch $@
 
+# Hours, on a machine with nothing else to do. ARGS="--starts 5 --ways each" for less.
 bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/RESULTS.md.
 	$(BIN)/python benchmarks/host_rows.py
 	$(BIN)/python benchmarks/calibration_cost.py

@@ -3,7 +3,8 @@
 Two servers of the same kind differ by some percent for as long as they live, so one of each says
 little however long it runs. Each round starts every server anew, in random order, all up at once;
 they take each load in turns, in random order. Two plain servers are among them: their mean is what
-the others are compared with, and one against the other must come out as no difference.
+the others are compared with, and one against the other must come out as no difference. What servers
+differ by is most of the noise, so many starts of few runs tell more than few of many.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import random
-import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,20 +53,27 @@ WAYS = {
 }
 # A vLLM worker polls for a second after its last step: on few cores, whoever runs next is slowed.
 PAUSE_SECONDS = 1.2
-STARTS = 5
+STARTS = 20
 
 Turn = Mapping[Way, Run]
 """One run of every way, next to each other in time."""
+
+Starts = dict[str, list[list[float]]]
+"""Of each figure, and of plain vLLM's throughput under its name: for each start, what each of its
+runs gave; of :data:`FIGURES` the ratios to plain vLLM's."""
+
+
+def warm_up(ports: Mapping[str, int]) -> None:
+    """One run of each server that is not counted."""
+    for port in ports.values():
+        time.sleep(PAUSE_SECONDS)
+        asyncio.run(run(port, Load(64, 32, 2, 1), "none", 0))
 
 
 def take_turns(
     ports: Mapping[str, int], load: Load, ways: Sequence[Way], rng: random.Random
 ) -> list[Turn]:
-    """A load's runs in one round of starts, after one run each that is not counted."""
-    for way in ways:
-        time.sleep(PAUSE_SECONDS)
-        warm_up = Load(min(load.concurrency, 8), 32, 2, 1)
-        asyncio.run(run(ports[way.side], warm_up, way.angles, 0))
+    """A load's runs in one round of starts."""
     turns = []
     for _ in range(load.runs):
         turn = {}
@@ -77,31 +84,32 @@ def take_turns(
     return turns
 
 
-def compared(load: Load, way: Way, starts: Sequence[Sequence[Turn]]) -> dict[str, object]:
-    """A way against plain vLLM at one load, as the results file holds it.
+def add(starts: Starts, way: Way, turns: Sequence[Turn]) -> None:
+    """A round's turns of one load, to what a way gave before.
 
     Args:
-        load: what was sent.
+        starts: changed.
         way: :data:`SECOND` is compared with the other plain server, all others with both.
-        starts: of each round of starts, its turns.
+        turns: with both plain servers in each.
     """
     against = (PLAIN,) if way == SECOND else (PLAIN, SECOND)
-    row: dict[str, object] = {
-        "way": way.name,
-        "load": str(load),
-        "starts": len(starts),
-        "runs": load.runs,
-        "plain_throughput": statistics.median(
-            turn[PLAIN].throughput for turns in starts for turn in turns
-        ),
-    }
+    starts.setdefault(PLAIN.name, []).append([turn[PLAIN].throughput for turn in turns])
     for figure in FIGURES:
-        ratios = [
+        starts.setdefault(figure, []).append(
             [ratio(figure, turn[way], (turn[plain] for plain in against)) for turn in turns]
-            for turns in starts
-        ]
-        row[figure] = {**asdict(estimate(ratios)), "ratios": ratios}
-    return row
+        )
+
+
+def compared(load: str, way: str, starts: Starts) -> dict[str, object]:
+    """A way against plain vLLM at one load, as the results file holds it."""
+    return {
+        "way": way,
+        "load": load,
+        "starts": len(starts[PLAIN.name]),
+        "runs": max(map(len, starts[PLAIN.name])),
+        "raw": starts,
+        **{figure: asdict(estimate(starts[figure])) for figure in FIGURES},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,10 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--starts", type=int, default=STARTS, help="of each server")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", type=Path, default=report.FOLDER / "end_to_end.json")
+    parser.add_argument("--add", action="store_true", help="to the starts that the output holds")
     options = parser.parse_args(arguments)
     console = Console(file=sys.stderr)
     ways = [PLAIN, SECOND, *(WAYS[name] for name in options.ways)]
-    seen: dict[Load, list[list[Turn]]] = defaultdict(list)
+    held = json.loads(options.output.read_text())["rows"] if options.add else []
+    found: dict[tuple[str, str], Starts] = {(r["load"], r["way"]): r["raw"] for r in held}
+    order = [(str(load), way.name) for load in LOADS for way in (SECOND, *WAYS.values())]
+    if others := found.keys() - order:
+        parser.error(f"{options.output} holds what is not compared any more: {sorted(others)}")
     rng = random.Random(time.time_ns())
     for number in range(1, options.starts + 1):
         with contextlib.ExitStack() as stack:
@@ -122,11 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in rng.sample(names, len(names)):
                 console.print(f"start {number} of {options.starts}: {name}")
                 ports[name] = stack.enter_context(sides.serve(SIDES[name], folder))
-            for load in rng.sample(LOADS, len(LOADS)):
-                seen[load].append(take_turns(ports, load, ways, rng))
-        if number > 1:
+            with sides.models_alone():
+                warm_up(ports)
+                for load in rng.sample(LOADS, len(LOADS)):
+                    turns = take_turns(ports, load, ways, rng)
+                    for way in ways[1:]:
+                        add(found.setdefault((str(load), way.name), {}), way, turns)
+        if number > 1 or options.add:
             # After each: a run that is cut short has said what it found.
-            rows = [compared(load, way, seen[load]) for load in LOADS for way in ways[1:]]
+            rows = [compared(*key, found[key]) for key in order if key in found]
             report.save(options.output, "end_to_end", rows)
             for row in rows:
                 console.print(row["load"], row["way"], _short(row["throughput"]))

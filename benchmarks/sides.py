@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import psutil
 import torch
 
 from steering_planes import ClassMeans, Extraction, Plane, PlaneConfig, Site, orthonormalise
@@ -136,6 +137,31 @@ def started(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def models_alone() -> Iterator[None]:
+    """Keep this process and its servers off the cores on which models run.
+
+    On a CPU vLLM binds a model's threads to cores and lets all others float; now and then one lands
+    beside the model's, which is noise.
+    """
+    everywhere = os.sched_getaffinity(0)
+    cores = {}
+    for process in psutil.Process().children(recursive=True):
+        for thread in process.threads():
+            # It may have ended.
+            with contextlib.suppress(ProcessLookupError):
+                cores[thread.id] = os.sched_getaffinity(thread.id)
+    floating = [thread for thread, own in cores.items() if own == everywhere]
+    others = everywhere.difference(*(own for own in cores.values() if own != everywhere))
+    for thread in (0, *floating) if others else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, everywhere)
 
 
 def free_port() -> int:
