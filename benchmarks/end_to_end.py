@@ -4,7 +4,7 @@ Two servers of the same kind differ by some percent for as long as they live, so
 little however long it runs. Each round starts every server anew, in random order, all up at once;
 they take each load in turns, in random order. Two plain servers are among them: their mean is what
 the others are compared with, and one against the other must come out as no difference. What servers
-differ by is most of the noise, so many starts of few runs tell more than few of many.
+differ by is much of the noise, so many starts of few runs tell more than few of many.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -119,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=report.FOLDER / "end_to_end.json")
     parser.add_argument("--add", action="store_true", help="to the starts that the output holds")
     options = parser.parse_args(arguments)
+    # By default it would end this process alone and leave the servers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(file=sys.stderr)
     ways = [PLAIN, SECOND, *(WAYS[name] for name in options.ways)]
     held = json.loads(options.output.read_text())["rows"] if options.add else []
