@@ -95,7 +95,10 @@ def operate(x: Tensor, bank: Tensor, classes: Tensor, rows: Tensor) -> tuple[Ten
 def _once(x: Tensor) -> Tensor:
     """A value a token, [T, 1], that the compiler keeps. For a CPU it would compute it anew with
     each few of the token's elements; what is asked for by its strides it puts into memory."""
-    return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x
+    if x.device.type != "cpu":
+        return x
+    # Not x.shape: vLLM writes a shape out into as many arguments before it cuts a graph.
+    return x.as_strided((x.shape[0], 1), x.stride())
 
 
 def _step(
