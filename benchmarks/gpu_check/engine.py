@@ -3,6 +3,8 @@ hooks on the same device."""
 
 from __future__ import annotations
 
+import importlib
+import math
 import operator
 import os
 import tempfile
@@ -24,7 +26,9 @@ from oracle import Oracle, Turn
 from tiny import Tiny
 from traffic import Ask, Reply
 
-ARCHITECTURES = ("llama", "gemma2", "qwen3_moe")
+ARCHITECTURES = ("llama", "gemma2")
+EXPERTS, DENSE = "qwen3_moe", "qwen3"
+"""The third; the second of these where vLLM was brought without its library for experts."""
 DTYPES = ("bfloat16", "float32")
 KEPT = ("llama", "gemma2")
 """With vLLM's own norms besides: each has one that ours replaces."""
@@ -41,16 +45,23 @@ class Errors:
     """Of the log-probabilities of some replies, against the oracle's after the same tokens."""
 
     largest: float
+    """Infinite where one is not a number."""
     far: int
     """Greedy tokens that are not the oracle's best, nor as good within the largest error."""
+
+    def within(self, limit: float) -> bool:
+        """Also false of an infinite error within an infinite limit."""
+        return math.isfinite(self.largest) and self.largest <= limit
 
 
 def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> None:
     """Each architecture in bf16, then in fp32, the first of them the most thoroughly."""
     os.environ.update(engines.IN_PROCESS)
-    kinds = [(name, dtype, "auto") for dtype in DTYPES for name in ARCHITECTURES]
-    kinds[len(ARCHITECTURES) : len(ARCHITECTURES)] = [(name, DTYPES[0], "kept") for name in KEPT]
-    kinds = [("llama", "float32", "kept")] if rehearse else kinds
+    first, second = (
+        [(name, dtype, "auto") for name in (*ARCHITECTURES, _third())] for dtype in DTYPES
+    )
+    kept = [(name, DTYPES[0], "kept") for name in KEPT]
+    kinds = [("llama", "float32", "kept")] if rehearse else [*first, *kept, *second]
     with tempfile.TemporaryDirectory() as folder:
         engines.default_environment(Path(folder) / "cache")
         for kind in kinds:
@@ -65,6 +76,11 @@ def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> Non
             # The next engine may say more.
             except Exception as error:  # noqa: BLE001
                 findings.verdict(f"{what}: runs", False, f"{type(error).__name__}: {error}")
+
+
+def _third() -> str:
+    importlib.import_module("vllm._custom_ops")  # which loads the libraries that there are
+    return EXPERTS if hasattr(torch.ops._moe_C, "topk_softmax") else DENSE
 
 
 def _engine(
@@ -110,7 +126,7 @@ def _engine(
     limit = FP32_LIMIT if dtype == "float32" else NOISE * noise.largest
     findings.verdict(
         f"{what}: {len(asks)} mixed requests in a batch are transformers' answers",
-        found.largest <= limit and found.far <= noise.far,
+        found.within(limit) and found.far <= noise.far,
         f"log-probabilities within {found.largest:.1e} (unsteered {noise.largest:.1e}), "
         f"{found.far} tokens differ (unsteered {noise.far})",
     )
@@ -140,7 +156,7 @@ def _alone(
     same = sum(map(operator.eq, map(_tokens, alone), map(_tokens, together)))
     findings.verdict(
         f"{what}: requests alone are what they are in the batch",
-        found.largest <= limit,
+        found.within(limit),
         f"{len(alone)} alone, {same} token for token, log-probabilities within {found.largest:.1e}",
     )
 
@@ -164,7 +180,7 @@ def _cached(
     cached = [sorted({reply.cached for reply in replies}) for replies in (first, second)]
     findings.verdict(
         f"{what}: the prefix cache gives each angle its own blocks",
-        cached[0] == [0] and cached[1][0] > 0 and found.largest <= limit,
+        cached[0] == [0] and cached[1][0] > 0 and found.within(limit),
         f"cached tokens {cached[0]}, then {cached[1]}; within {found.largest:.1e}",
     )
 
@@ -179,7 +195,7 @@ def compared(oracle: Oracle, asks: Sequence[Ask], replies: Sequence[Reply]) -> E
             steps = logprobs[len(ask.prompt) - 1 : -1]
             of = steps.gather(1, torch.tensor(choice.tokens)[:, None])[:, 0]
             got = torch.tensor(choice.logprobs, dtype=of.dtype)
-            largest = max(largest, float((of - got).abs().max()))
+            largest = max(largest, float((of - got).abs().nan_to_num(nan=math.inf).max()))
             gaps += (steps.max(-1).values - of).tolist()
     return Errors(largest, sum(gap > 2 * largest for gap in gaps))
 

@@ -61,7 +61,7 @@ class Load:
 
 
 LOADS = (
-    Load(1, 32, 96), Load(8, 32, 96), Load(64, 32, 96), Load(256, 32, 64), Load(1, 4096, 1),
+    Load(1, 32, 96), Load(8, 32, 96), Load(64, 32, 96), Load(256, 32, 96), Load(1, 4096, 1),
 )  # fmt: skip
 REHEARSED_LOADS = (Load(1, 8, 4), Load(4, 8, 4), Load(1, 64, 1))
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+
+import traffic
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "benchmarks/gpu_check"
@@ -43,6 +49,27 @@ def test_every_step_can_be_rehearsed(tmp_path: Path) -> None:
     # Times of a CPU say nothing: those two steps show that they can be measured.
     assert held == {"exactness", "engine"}
     assert {v["step"] for v in verdicts} == {"exactness", "speed", "engine", "serving"}
+
+
+def test_an_answer_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it excuse another: what unsteered answers are off by is a steered one's measure."""
+    monkeypatch.setattr(sys, "path", [str(CHECK), str(CHECK.parent), *sys.path])
+    engine = importlib.import_module("engine")
+    oracle = mock.Mock()
+    oracle.logprobs.return_value = torch.zeros(4, 8, dtype=torch.float64)
+    ask = traffic.Ask([1, 2], [], None, tokens=2)
+
+    def found(*logprobs: float) -> Any:
+        reply = traffic.Reply(choices=[traffic.Choice([3, 4], list(logprobs))])
+        return engine.compared(oracle, [ask], [reply])
+
+    assert found(0.0, 0.25).within(0.25)
+    assert not found(0.0, 0.25).within(0.2)
+    broken = found(0.0, math.nan)
+    assert not broken.within(1.0)
+    assert not found(math.nan, 0.0).within(engine.NOISE * broken.largest)
+    sys.modules.pop("engine")
+    sys.modules.pop("findings")
 
 
 @pytest.mark.parametrize(

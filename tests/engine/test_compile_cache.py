@@ -14,8 +14,10 @@ import pytest
 
 import engines
 import steering_kernels
+import tiny
 import traffic
 from oracle import Turn
+from planes import random_plane
 from tiny import Tiny
 from traffic import Ask
 
@@ -125,3 +127,61 @@ def test_an_upgrade_finds_no_graph_of_the_version_before(tiny_llama: Tiny, tmp_p
         source = source.replace(f"{mode} = {number}\n", f"{mode} = {number + 1}\n")
     rows.write_text(source)
     assert run() == 2, "the edited version left no graph of its own"
+
+
+COUNT = """
+import sys
+from pathlib import Path
+import engines, gpu_pipeline
+from vllm.compilation.backends import CompilerManager
+
+gpu_pipeline.use()
+compile, pieces = CompilerManager.compile, []
+
+def counted(manager, *args, **kwargs):
+    pieces.append(compile(manager, *args, **kwargs))
+    return pieces[-1]
+
+CompilerManager.compile = counted
+planes = {Path(plane).name: Path(plane) for plane in sys.argv[2:]}
+options = dict(enforce_eager=False, skip_tokenizer_init=True, max_model_len=128)
+for engine in engines.start(Path(sys.argv[1]), planes, in_process=True, **options):
+    print("COUNTED", len(pieces), len(set(map(id, pieces))))
+"""
+LAYERS = 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sites", "compiled"),
+    [
+        ([], 3),
+        ([f"{i}.{role}" for i in range(LAYERS) for role in ("attn_in", "mlp_in")], 3),
+        ([f"{i}.{role}" for i in range(0, LAYERS, 2) for role in ("attn_in", "mlp_in")], 4),
+        # Between two attentions: neither, both, the first and the second.
+        (["1.mlp_in", "2.attn_in", "2.mlp_in", "4.attn_in"], 6),
+    ],
+    ids=["plain", "all", "every_other", "every_kind"],
+)
+def test_layers_share_what_the_selected_sites_leave_equal(
+    tmp_path: Path, sites: list[str], compiled: int
+) -> None:
+    """Cut at attention, a model has a first piece, a last one, and equal ones in between."""
+    tiny.make("llama", tmp_path / "model", num_hidden_layers=LAYERS)
+    shape = {"model_type": "llama", "hidden_size": tiny.HIDDEN, "num_layers": LAYERS}
+    name = {"base_model_name_or_path": "tiny/model"}
+    planes = [random_plane(tmp_path / "plane", sites, **name, **shape)] if sites else []
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, tmp_path / "model", *planes],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+            **({} if sites else {"VLLM_PLUGINS": ""}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = [line for line in done.stdout.splitlines() if line.startswith("COUNTED")]
+    assert counts == [f"COUNTED {LAYERS + 1} {compiled}"], done.stdout[-2000:] + done.stderr[-3000:]

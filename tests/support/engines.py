@@ -174,18 +174,22 @@ def start(
         **(v2_environment() if v2 else {}),
         **(IN_PROCESS if in_process else {}),
     }
-    with environment(variables), triton_here(v2), _inspecting_here():
-        engine = Engine(
-            LLM(
-                str(model),
-                additional_config={"steering": steering} if planes else {},
-                **options,
+    try:
+        with environment(variables), triton_here(v2), _inspecting_here():
+            engine = Engine(
+                LLM(
+                    str(model),
+                    additional_config={"steering": steering} if planes else {},
+                    **options,
+                )
             )
-        )
-    yield engine
-    engine.close()
-    if in_process:
-        forget_groups()
+        try:
+            yield engine
+        finally:
+            engine.close()
+    finally:
+        if in_process:
+            forget_groups()
 
 
 def forget_groups() -> None:

@@ -126,7 +126,8 @@ def with_operations(
     """``params`` with ``operations`` and no other steering field; a copy, where that changes it.
 
     Args:
-        params: a request's.
+        params: a request's; not changed, though the copy shares what they refer to. (vLLM's own
+            ``clone`` copies all of it, which takes longer than admission; it does so further on.)
         operations: what it is steered by.
         settled: say so even of none, for a server whose default would be taken otherwise.
     """
@@ -137,7 +138,7 @@ def with_operations(
     extra = {k: v for k, v in extra.items() if k not in fields}
     if operations or settled:
         extra[EXTRA_ARG] = [operation.to_wire() for operation in operations]
-    params = params.clone()
+    params = copy(params)
     params.extra_args = extra or None
     return params
 
