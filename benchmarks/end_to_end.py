@@ -124,8 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(file=sys.stderr)
     ways = [PLAIN, SECOND, *(WAYS[name] for name in options.ways)]
-    held = json.loads(options.output.read_text())["rows"] if options.add else []
-    found: dict[tuple[str, str], Starts] = {(r["load"], r["way"]): r["raw"] for r in held}
+    found: dict[tuple[str, str], Starts] = {}
+    if options.add:
+        held = json.loads(options.output.read_text())
+        here = report.machine() | {"date": held["machine"]["date"]}
+        if held["machine"] != here:
+            parser.error(f"{options.output} is of {held['machine']}, and this is {here}")
+        found = {(r["load"], r["way"]): r["raw"] for r in held["rows"]}
     order = [(str(load), way.name) for load in LOADS for way in (SECOND, *WAYS.values())]
     if others := found.keys() - order:
         parser.error(f"{options.output} holds what is not compared any more: {sorted(others)}")

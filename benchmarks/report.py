@@ -95,8 +95,9 @@ def _end_to_end(rows: Sequence[dict[str, Any]]) -> str:
 
     says = (
         "Ratios to plain vLLM (two servers of it, and their mean is what the others are compared "
-        "with), over several starts of every server, with the 95 % interval of a hierarchical "
-        "bootstrap (`estimate.py`). Below 1 is slower for throughput, above 1 is slower for times. "
+        "with), over many starts of every server but for the highest and the lowest fifth, with the "
+        "95 % interval of a hierarchical bootstrap (`estimate.py`). On a CPU only models run on the "
+        "cores that vLLM binds them to (`sides.models_alone`). Below 1 is slower for throughput, above 1 is slower for times. "
         "The resolution, half the interval's width, is the smallest difference that the starts and "
         "runs could have told from none.\n"
     )
