@@ -104,16 +104,13 @@ def served(prompts: int) -> int:
         lambda folder: [*sides.SIDES["selected"].flags(folder), "--enforce-eager", *FLAGS],
     )
     whole = contrast(prompts)
-    with tempfile.TemporaryDirectory() as folder, sides.serve(side, Path(folder)) as port:
-        (server,) = [
-            process for process in psutil.Process().children() if str(port) in process.cmdline()
-        ]
-        peak = Peak(server)
+    with tempfile.TemporaryDirectory() as folder, sides.serve(side, Path(folder)) as server:
+        peak = Peak(psutil.Process(server.group))
 
         def ask(conversation: Any) -> None:
             body = {"model": sides.MODEL, "messages": conversation, "max_tokens": 1}
             httpx.post(
-                f"http://127.0.0.1:{port}/v1/chat/completions",
+                f"http://127.0.0.1:{server.port}/v1/chat/completions",
                 json={**body, "steering_angle": 30},
                 timeout=600,
             ).raise_for_status()

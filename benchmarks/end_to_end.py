@@ -29,7 +29,7 @@ import sides
 from estimate import estimate
 from figures import FIGURES, Run, ratio
 from loads import LOADS, Load, run
-from sides import SIDES
+from sides import SIDES, Server
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ WAYS = {
     "all": Way("all sites, an angle each", "all", "each"),
     "published": Way("published way: eager hooks, one matrix", "published"),
 }
-# A vLLM worker polls for a second after its last step: on few cores, whoever runs next is slowed.
-PAUSE_SECONDS = 1.2
 STARTS = 20
 
 Turn = Mapping[Way, Run]
@@ -64,23 +62,23 @@ Starts = dict[str, list[list[float]]]
 runs gave; of :data:`FIGURES` the ratios to plain vLLM's."""
 
 
-def warm_up(ports: Mapping[str, int]) -> None:
+def warm_up(servers: Mapping[str, Server]) -> None:
     """One run of each server that is not counted."""
-    for port in ports.values():
-        time.sleep(PAUSE_SECONDS)
-        asyncio.run(run(port, Load(64, 32, 2, 1), "none", 0))
+    for server in servers.values():
+        with server.awake() as port:
+            asyncio.run(run(port, Load(64, 32, 2, 1), "none", 0))
 
 
 def take_turns(
-    ports: Mapping[str, int], load: Load, ways: Sequence[Way], rng: random.Random
+    servers: Mapping[str, Server], load: Load, ways: Sequence[Way], rng: random.Random
 ) -> list[Turn]:
     """A load's runs in one round of starts."""
     turns = []
     for _ in range(load.runs):
         turn = {}
         for way in rng.sample(ways, len(ways)):
-            time.sleep(PAUSE_SECONDS)
-            turn[way] = asyncio.run(run(ports[way.side], load, way.angles, rng.getrandbits(32)))
+            with servers[way.side].awake() as port:
+                turn[way] = asyncio.run(run(port, load, way.angles, rng.getrandbits(32)))
         turns.append(turn)
     return turns
 
@@ -139,14 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             names = list(dict.fromkeys(way.side for way in ways))
-            ports = {}
+            servers = {}
             for name in rng.sample(names, len(names)):
                 console.print(f"start {number} of {options.starts}: {name}")
-                ports[name] = stack.enter_context(sides.serve(SIDES[name], folder))
+                side = sides.on_huge_pages(SIDES[name])
+                servers[name] = stack.enter_context(sides.serve(side, folder))
+                servers[name].pause()
             with sides.models_alone():
-                warm_up(ports)
+                warm_up(servers)
                 for load in rng.sample(LOADS, len(LOADS)):
-                    turns = take_turns(ports, load, ways, rng)
+                    turns = take_turns(servers, load, ways, rng)
                     for way in ways[1:]:
                         add(found.setdefault((str(load), way.name), {}), way, turns)
         if number > 1 or options.add:

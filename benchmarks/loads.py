@@ -32,12 +32,12 @@ class Load:
 
 
 LOADS = (
-    Load(1, 32, 32, runs=5),
-    Load(8, 32, 24, runs=5),
-    Load(32, 32, 16, runs=2),
+    Load(1, 32, 32, runs=8),
+    Load(8, 32, 24, runs=6),
+    Load(32, 32, 16, runs=3),
     Load(64, 32, 12, runs=3),
-    Load(1, 256, 8, runs=5),
-    Load(8, 256, 8, runs=3),
+    Load(1, 256, 8, runs=8),
+    Load(8, 256, 8, runs=4),
     Load(32, 128, 4, runs=2),
     Load(64, 128, 4, runs=2),
 )

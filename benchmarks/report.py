@@ -96,8 +96,9 @@ def _end_to_end(rows: Sequence[dict[str, Any]]) -> str:
     says = (
         "Ratios to plain vLLM (two servers of it, and their mean is what the others are compared "
         "with), over many starts of every server but for the highest and the lowest fifth, with "
-        "the 95 % interval of a hierarchical bootstrap (`estimate.py`). On a CPU nothing else runs "
-        "on the cores to which vLLM binds models (`sides.models_alone`). Below 1 is slower for "
+        "the 95 % interval of a hierarchical bootstrap (`estimate.py`). A server is paused while "
+        "another is measured; all take their memory in pages of 2 MiB; and on a CPU nothing else "
+        "runs on the cores to which vLLM binds models (`sides.py` says why). Below 1 is slower for "
         "throughput, above 1 is slower for times. The resolution, half the interval's width, is "
         "the smallest difference that the starts and runs could have told from none.\n"
     )
