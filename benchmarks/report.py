@@ -100,7 +100,10 @@ def _end_to_end(rows: Sequence[dict[str, Any]]) -> str:
         "another is measured; all take their memory in pages of 2 MiB; and on a CPU nothing else "
         "runs on the cores to which vLLM binds models (`sides.py` says why). Below 1 is slower for "
         "throughput, above 1 is slower for times. The resolution, half the interval's width, is "
-        "the smallest difference that the starts and runs could have told from none.\n"
+        "the smallest difference that the starts and runs could have told from none. A burst's "
+        "first requests are computed while the others arrive: how many share the first step moves "
+        "time between TTFT and inter-token latency. By `benchmarks/end_to_end.py`; a way that the "
+        "table lacks was not run.\n"
     )
     head = ["way", "requests x (prompt + generated)", "starts x runs", "throughput", "resolution",
             "TTFT", "inter-token latency"]  # fmt: skip

@@ -24,6 +24,7 @@ from steering_server.bundled_model import ensure
 MODEL = "smollm2"
 BUNDLED = Path(__file__).parents[1] / "steering_vectors/smollm2-135m-instruct/sentiment"
 START_SECONDS = 600
+# After a pause every timer is due at once.
 SETTLE_SECONDS = 0.1
 # All servers are up at once: on a CPU each would take nearly all memory. It holds 10000 tokens.
 KV_CACHE = [] if torch.cuda.is_available() else ["--kv-cache-memory-bytes", "256M"]
@@ -170,6 +171,7 @@ def started(
         # vLLM's children can outlive it; the group has no one else in it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
+            # A paused process takes it when it goes on.
             os.killpg(process.pid, signal.SIGCONT)
         try:
             process.wait(30)
