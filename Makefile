@@ -81,7 +81,11 @@ bench: $(STAMP) ## Measure what steering costs this machine; writes benchmarks/R
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
 
-# Of any machine with a GPU: PYTHON's own packages, no set-up and no network. ARGS="--rehearse" on a CPU.
+# Of any machine with a GPU: no set-up and no network, but the packages of the PYTHON that is named, or
+# of .venv where it is there, or of python3. ARGS="--rehearse" on a CPU.
+ifeq ($(origin PYTHON),file)
+gpu-check: PYTHON := $(or $(wildcard $(BIN)/python),$(PYTHON))
+endif
 gpu-check: ## On a GPU: exactness, speed, engine and serving, each with its verdicts.
 	$(PYTHON) benchmarks/gpu_check $(ARGS)
 

@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         calibrate_here(options.prompts)
         return 0
+    sides.end_with_this_process()
     seconds, calibrating = calibrated(options.prompts)
     serving = served(options.prompts)
     row: dict[str, object] = {

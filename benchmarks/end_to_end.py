@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -118,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=report.FOLDER / "end_to_end.json")
     parser.add_argument("--add", action="store_true", help="to the starts that the output holds")
     options = parser.parse_args(arguments)
-    # By default it would end this process alone and leave the servers.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sides.end_with_this_process()
     console = Console(file=sys.stderr)
     ways = [PLAIN, SECOND, *(WAYS[name] for name in options.ways)]
     found: dict[tuple[str, str], Starts] = {}
@@ -129,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if held["machine"] != here:
             parser.error(f"{options.output} is of {held['machine']}, and this is {here}")
         found = {(r["load"], r["way"]): r["raw"] for r in held["rows"]}
+    new = {way.name for way in ways[1:]} - {way for _, way in found}
+    if new and options.starts < 2:
+        parser.error(f"--starts {options.starts}: an interval needs two of {sorted(new)}")
     order = [(str(load), way.name) for load in LOADS for way in (SECOND, *WAYS.values())]
     if others := found.keys() - order:
         parser.error(f"{options.output} holds what is not compared any more: {sorted(others)}")
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     turns = take_turns(servers, load, ways, rng)
                     for way in ways[1:]:
                         add(found.setdefault((str(load), way.name), {}), way, turns)
-        if number > 1 or options.add:
+        if number > 1 or not new:
             # After each: a run that is cut short has said what it found.
             rows = [compared(*key, found[key]) for key in order if key in found]
             report.save(options.output, "end_to_end", rows)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 FOLDER = Path(__file__).parent / "results"
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -21,6 +19,7 @@ NOT_RUN = "Not run on a GPU."
 
 def machine() -> dict[str, object]:
     """What ran, and on what."""
+    import torch
     import vllm
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -118,7 +117,8 @@ def _end_to_end(rows: Sequence[dict[str, Any]]) -> str:
 def _start_up(rows: Sequence[dict[str, Any]]) -> str:
     says = (
         "Seconds until the server answers, medians; cold is with an empty compile cache. The ratio "
-        "is of the wholes within a pair: median, least and greatest.\n"
+        "is of the wholes within a pair: median, least and greatest. By `benchmarks/start_up.py`, "
+        "both sides under `TORCH_LOGS=dynamo`, which tells where tracing ends.\n"
     )
     parts = [part for part in rows[0]["plain"] if part != "whole"]
     lines = []
@@ -178,6 +178,12 @@ def _gpu_check() -> str:
         return f"{NOT_RUN}\n"
     found = [json.loads(line) for line in file.read_text().splitlines()]
     on = sorted({f"{f['device']}, torch {f['torch']}" for f in found if "device" in f})
+    if not on or any("rehearsed" in device for device in on):
+        return f"{NOT_RUN}\n"
     words = {True: "holds", False: "FAILS", None: "not put to the test"}
     lines = [[f["step"], f["claim"], words[f["holds"]], f["figure"]] for f in found if "claim" in f]
     return "; ".join(on) + ".\n\n" + _table(["step", "claim", "verdict", "figure"], lines)
+
+
+if __name__ == "__main__":
+    write()

@@ -26,8 +26,12 @@ BUNDLED = Path(__file__).parents[1] / "steering_vectors/smollm2-135m-instruct/se
 START_SECONDS = 600
 # After a pause every timer is due at once.
 SETTLE_SECONDS = 0.1
-# All servers are up at once: on a CPU each would take nearly all memory. It holds 10000 tokens.
-KV_CACHE = [] if torch.cuda.is_available() else ["--kv-cache-memory-bytes", "256M"]
+# A server that takes longer to end is killed.
+END_SECONDS = 30
+# All servers are up at once, and each would take nearly all memory. It holds 10000 tokens.
+KV_CACHE = ["--kv-cache-memory-bytes", "256M"]
+if torch.cuda.is_available():
+    KV_CACHE += ["--gpu-memory-utilization", "0.1"]
 # A CPU that cannot multiply bfloat16 takes several times as long for it, and would hide all else.
 _BFLOAT16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPE = [] if _BFLOAT16 else ["--dtype", "float32"]
@@ -174,10 +178,19 @@ def started(
             # A paused process takes it when it goes on.
             os.killpg(process.pid, signal.SIGCONT)
         try:
-            process.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def end_with_this_process() -> None:
+    """Have what ends this process end its servers too: by default they would stay, some paused."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 @contextlib.contextmanager

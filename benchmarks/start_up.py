@@ -88,10 +88,6 @@ def compared(
             for side in ("plain", "selected")
         },
         "ratios": [pair["selected"]["whole"] / pair["plain"]["whole"] for pair in pairs],
-        "ratios_without_proof": [
-            (pair["selected"]["whole"] - pair["selected"]["proof"]) / pair["plain"]["whole"]
-            for pair in pairs
-        ],
     }
 
 
@@ -100,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=report.FOLDER / "start_up.json")
     options = parser.parse_args(arguments)
+    sides.end_with_this_process()
     console = Console(file=sys.stderr)
     seen: dict[str, list[dict[str, dict[str, float]]]] = {kind: [] for kind in TEMPERATURES}
     for number in range(1, options.pairs + 1):

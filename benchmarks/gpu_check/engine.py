@@ -36,6 +36,8 @@ REQUESTS = 64
 SPARE_SECONDS = 25
 FP32_LIMIT = 1e-3
 """Of a log-probability's error in fp32."""
+BF16_LIMIT = 0.25
+"""Of an unsteered one's in bf16."""
 NOISE = 3.0
 """How many times the error of unsteered answers, in bf16, a steered one's may be."""
 
@@ -119,11 +121,19 @@ def _engine(
         None if rehearse else _are_on(defaults),
         defaults,
     )
-    unsteered = [Ask(ask.prompt, [], None, ask.tokens) for ask in asks]
+    unsteered = [
+        Ask(ask.prompt, [], None, ask.tokens, prompt_logprobs=ask.prompt_logprobs) for ask in asks
+    ]
     noise = compared(oracle, unsteered, traffic.send(engine, unsteered))
     together = traffic.send(engine, asks)
     found = compared(oracle, asks, together)
-    limit = FP32_LIMIT if dtype == "float32" else NOISE * noise.largest
+    unsteered_limit = FP32_LIMIT if dtype == "float32" else BF16_LIMIT
+    findings.verdict(
+        f"{what}: {len(asks)} unsteered requests are transformers' answers",
+        noise.within(unsteered_limit),
+        f"log-probabilities within {noise.largest:.1e}",
+    )
+    limit = FP32_LIMIT if dtype == "float32" else NOISE * min(noise.largest, BF16_LIMIT)
     findings.verdict(
         f"{what}: {len(asks)} mixed requests in a batch are transformers' answers",
         found.within(limit) and found.far <= noise.far,
@@ -156,7 +166,7 @@ def _alone(
     same = sum(map(operator.eq, map(_tokens, alone), map(_tokens, together)))
     findings.verdict(
         f"{what}: requests alone are what they are in the batch",
-        found.within(limit),
+        found.within(limit) if alone else None,
         f"{len(alone)} alone, {same} token for token, log-probabilities within {found.largest:.1e}",
     )
 
@@ -186,17 +196,22 @@ def _cached(
 
 
 def compared(oracle: Oracle, asks: Sequence[Ask], replies: Sequence[Reply]) -> Errors:
-    """How far replies are from the oracle's."""
+    """How far replies are from the oracle's; infinitely where one is not whole."""
     largest, gaps = 0.0, []
     for ask, reply in zip(asks, replies, strict=True):
+        scored = len(reply.prompt_logprobs or ())
+        whole = [ask.tokens] * ask.n == [len(choice.tokens) for choice in reply.choices]
+        if not whole or scored != (len(ask.prompt) - 1) * ask.prompt_logprobs:
+            largest = math.inf
+            continue
         for index, choice in enumerate(reply.choices):
             ids = ask.prompt + choice.tokens
-            logprobs = oracle.logprobs(ids, ask.turns_of(index), len(ask.prompt))
-            steps = logprobs[len(ask.prompt) - 1 : -1]
-            of = steps.gather(1, torch.tensor(choice.tokens)[:, None])[:, 0]
-            got = torch.tensor(choice.logprobs, dtype=of.dtype)
-            largest = max(largest, float((of - got).abs().nan_to_num(nan=math.inf).max()))
-            gaps += (steps.max(-1).values - of).tolist()
+            logprobs = oracle.logprobs(ids, ask.turns_of(index), len(ask.prompt))[:-1]
+            of = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            got = torch.tensor([*(reply.prompt_logprobs or ()), *choice.logprobs], dtype=of.dtype)
+            error = (of[-len(got) :] - got).abs().nan_to_num(nan=math.inf)
+            largest = max(largest, float(error.max()))
+            gaps += (logprobs.max(-1).values - of)[-ask.tokens :].tolist()
     return Errors(largest, sum(gap > 2 * largest for gap in gaps))
 
 

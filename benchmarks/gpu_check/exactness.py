@@ -17,7 +17,7 @@ from steering_kernels.tuning import LAYOUTS, Layout
 
 WIDTHS = (4096, 3584, 576, 8192, 896, 2304, 507, 64)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-TOKENS = 96
+TOKENS = 97
 SPARE_SECONDS = 5
 MORE = 1e-6
 """What a kernel's error may exceed its twin's by, relative to the longest token."""
@@ -34,7 +34,7 @@ def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> Non
             break
         case = Case(
             seed, hidden=width, dtype=dtype, planes=planes, tokens=6 if rehearse else TOKENS,
-            unit_offset=seed % 4 == 3,
+            unit_offset=seed // 2 % 2 == 1,
         )  # fmt: skip
         for name, excess, bits in compared(case, rehearse):
             findings.tell(
@@ -48,11 +48,13 @@ def run(findings: Findings, rehearse: bool, widths: Sequence[int] | None) -> Non
         done,
     )
     findings.verdict(
-        "kernels are as exact as plain torch, within 1e-6", worst <= MORE, f"{worst:.1e}"
+        "kernels are as exact as plain torch, within 1e-6",
+        worst <= MORE if done else None,
+        f"{worst:.1e}",
     )
     findings.verdict(
         "unsteered tokens, and the sums of the residual, are bit-exact",
-        not inexact,
+        not inexact if done else None,
         f"{inexact} differ",
     )
 

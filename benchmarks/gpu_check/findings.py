@@ -21,7 +21,7 @@ class Findings:
     """
 
     def __init__(self, step: str, file: Path, limit: float) -> None:
-        self.step, self.failed = step, False
+        self.step, self.held, self.failed = step, False, False
         self._file = file
         self._end = time.monotonic() + limit
 
@@ -36,6 +36,7 @@ class Findings:
 
     def verdict(self, claim: str, holds: bool | None, figure: object) -> None:
         """A claim, whether it holds (None: it was not put to the test), and the figure."""
+        self.held |= holds is True
         self.failed |= holds is False
         print(f"{MARKS[holds]}  {self.step}: {claim}: {figure}", flush=True)
         self.tell(claim=claim, holds=holds, figure=str(figure))

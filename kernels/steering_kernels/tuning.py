@@ -1,7 +1,7 @@
 """How the kernels are laid out on the device. None is tuned at run time: a capture cannot wait.
 
-What is chosen here is what was measured: ``make gpu-check`` times every layout of :data:`LAYOUTS`
-and says which is the fastest at each shape.
+``make gpu-check`` times every layout of :data:`LAYOUTS`, and says which is the fastest at each
+shape: what is chosen here is to follow it, with the figure beside it.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,10 +52,20 @@ def test_every_step_can_be_rehearsed(tmp_path: Path) -> None:
     assert {v["step"] for v in verdicts} == {"exactness", "speed", "engine", "serving"}
 
 
-def test_an_answer_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does it excuse another: what unsteered answers are off by is a steered one's measure."""
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """The check's modules by name, as its own process imports them."""
     monkeypatch.setattr(sys, "path", [str(CHECK), str(CHECK.parent), *sys.path])
-    engine = importlib.import_module("engine")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in ("engine", "exactness", "serving", "findings", "figures"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+def test_an_answer_that_is_not_a_number_is_a_fault(steps: Callable[[str], Any]) -> None:
+    """Nor does it excuse another: what unsteered answers are off by is a steered one's measure."""
+    engine = steps("engine")
     oracle = mock.Mock()
     oracle.logprobs.return_value = torch.zeros(4, 8, dtype=torch.float64)
     ask = traffic.Ask([1, 2], [], None, tokens=2)
@@ -68,8 +79,101 @@ def test_an_answer_that_is_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPat
     broken = found(0.0, math.nan)
     assert not broken.within(1.0)
     assert not found(math.nan, 0.0).within(engine.NOISE * broken.largest)
-    sys.modules.pop("engine")
-    sys.modules.pop("findings")
+
+
+@pytest.mark.parametrize(
+    ("choices", "prompt_logprobs"),
+    [([], [0.0]), ([[3]], [0.0]), ([[3, 4], [3, 4]], [0.0]), ([[3, 4]], None), ([[3, 4]], [9.0])],
+    ids=["none", "short", "one too many", "unscored", "wrongly scored"],
+)
+def test_an_answer_that_is_not_whole_is_a_fault(
+    steps: Callable[[str], Any], choices: list[list[int]], prompt_logprobs: list[float] | None
+) -> None:
+    oracle = mock.Mock()
+    oracle.logprobs.return_value = torch.zeros(4, 8, dtype=torch.float64)
+    ask = traffic.Ask([1, 2], [], None, tokens=2, prompt_logprobs=True)
+
+    def found(choices: list[list[int]], scores: list[float] | None) -> Any:
+        replies = [traffic.Choice(tokens, [0.0] * len(tokens)) for tokens in choices]
+        return steps("engine").compared(oracle, [ask], [traffic.Reply(replies, scores)])
+
+    assert found([[3, 4]], [0.0]).within(1.0)
+    assert not found(choices, prompt_logprobs).within(1.0)
+
+
+def test_nothing_is_claimed_of_what_was_not_compared(
+    steps: Callable[[str], Any], tmp_path: Path
+) -> None:
+    findings = steps("findings").Findings("exactness", tmp_path / "found.jsonl", limit=0)
+    steps("exactness").run(findings, rehearse=False, widths=None)
+    assert (findings.held, findings.failed) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("plain", "steered", "holds"), [(1.0, 0.995, True), (1.0, 0.98, False), (0.97, 0.995, None)]
+)
+def test_engines_that_differ_by_more_than_the_bound_tell_nothing(
+    steps: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain: float,
+    steered: float,
+    holds: bool | None,
+) -> None:
+    serving, figures = steps("serving"), steps("figures")
+    speed = {"plain": 1.0, "second": plain, "selected": steered}
+    monkeypatch.setattr(
+        serving, "ask", lambda engines, way, load: figures.Run(speed[way.engine], 1.0, 1.0)
+    )
+    findings = steps("findings").Findings("serving", tmp_path / "found.jsonl", limit=60)
+    ways, load = serving.WAYS[:1] + serving.WAYS[2:], serving.Load(8, 32, 96)
+    serving._compare(findings, {}, ways, [load], rehearse=False, share=1.0)
+    second, selected = (
+        found
+        for found in map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+        if "claim" in found
+    )
+    assert second["holds"] is None
+    assert selected["holds"] is holds
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "published"),
+    [("a GPU", [], True), (None, [], False), ("a GPU", ["--output", "elsewhere"], False)],
+    ids=["GPU", "no GPU", "elsewhere"],
+)
+def test_a_gpus_findings_are_published(
+    steps: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str | None,
+    words: list[str],
+    published: bool,
+) -> None:
+    """What a machine without one finds does not take their place."""
+    steps("findings")
+    spec = importlib.util.spec_from_file_location("gpu_check_main", CHECK / "__main__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    main = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(main)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "WORKING", tmp_path / "build/gpu_check.jsonl")
+    monkeypatch.setattr(main, "PUBLISHED", tmp_path / "published.jsonl")
+    page = mock.Mock()
+    monkeypatch.setattr(main.subprocess, "run", page)
+
+    def check(options: Any) -> int:
+        options.output.parent.mkdir(exist_ok=True)
+        found = {"step": "exactness", "claim": "exact", "holds": True, "figure": "0"}
+        options.output.write_text(json.dumps(found | ({"device": device} if device else {})))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        main.main(words)
+    assert (tmp_path / "published.jsonl").exists() is published
+    assert page.called is published
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,24 @@ def test_what_was_not_run_is_said_to_be_not_run(
     assert "| 256 | 1 | 91 | 10 |" in page
     assert page.count("Not run.") == 4
     assert page.count("Not run on a GPU.") == 1
+
+
+def test_a_rehearsal_is_no_run_on_a_gpu(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks.report, "FOLDER", tmp_path)
+    verdict = {"step": "exactness", "claim": "exact", "holds": True, "figure": "0"}
+
+    def says(*found: dict[str, Any]) -> str:
+        lines = "".join(json.dumps(each) + "\n" for each in found)
+        (tmp_path / "gpu_check.jsonl").write_text(lines)
+        said: str = benchmarks.report._gpu_check()
+        return said
+
+    on = {"step": "exactness", "torch": "2.11"}
+    assert "| exactness | exact | holds | 0 |" in says({**on, "device": "H100"}, verdict)
+    assert says({**on, "device": "CPU, rehearsed"}, verdict) == "Not run on a GPU.\n"
+    assert says(verdict) == "Not run on a GPU.\n"
 
 
 def test_the_repositorys_page_is_that_of_its_files(
@@ -79,6 +98,19 @@ def test_one_start_is_no_estimate(benchmarks: Any) -> None:
         benchmarks.estimate.estimate([[1.0, 1.01, 0.99]])
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_one_start_is_refused_before_it_is_made(
+    benchmarks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], add: bool
+) -> None:
+    file = tmp_path / "found.json"
+    machine = benchmarks.report.machine()
+    file.write_text(json.dumps({"machine": machine, "rows": []}))
+    words = ["--starts", "1", "--ways", "each", "--output", str(file), *(["--add"] if add else [])]
+    with pytest.raises(SystemExit):
+        benchmarks.end_to_end.main(words)
+    assert "--starts 1: an interval needs two" in capsys.readouterr().err
+
+
 def test_each_way_is_compared_with_the_plain_servers_beside_it(benchmarks: Any) -> None:
     end_to_end, loads = benchmarks.end_to_end, benchmarks.loads
     each = end_to_end.WAYS["each"]
@@ -113,4 +145,3 @@ def test_a_start_is_told_in_parts(benchmarks: Any) -> None:
     assert (steered["proof"], steered["rest"]) == (4.0, 2.0)
     row = benchmarks.start_up.compared("cold", [{"plain": plain, "selected": steered}])
     assert row["ratios"] == [86 / 82]
-    assert row["ratios_without_proof"] == [1.0]

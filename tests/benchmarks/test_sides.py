@@ -65,6 +65,38 @@ def test_a_paused_server_can_be_ended(sides: Any, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
+def test_a_server_that_does_not_end_is_killed(
+    sides: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "END_SECONDS", 0.5)
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(60)"
+    side = sides.Side([sys.executable, "-u", "-c", code])
+    with sides.started(side, 1, tmp_path, subprocess.PIPE) as process:
+        assert process.stdout.readline() == "up\n"
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_ends_a_benchmark_ends_its_servers(number: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; from pathlib import Path; import sides\n"
+        "sides.end_with_this_process()\n"
+        "side = sides.Side([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "with sides.started(side, 1, Path(), subprocess.DEVNULL) as process:\n"
+        "    sides.Server(1, process.pid).pause()\n"
+        "    print(process.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        server = psutil.Process(int(benchmark.stdout.readline()))
+        benchmark.send_signal(number)
+        benchmark.wait(20)
+    assert not server.is_running()
+
+
 def test_pages_are_huge_beside_what_a_side_sets(sides: Any) -> None:
     plain = sides.on_huge_pages(sides.SIDES["plain"])
     assert plain.environment == {
