@@ -162,6 +162,7 @@ def test_a_gpus_findings_are_published(
     monkeypatch.setattr(main, "PUBLISHED", tmp_path / "published.jsonl")
     page = mock.Mock()
     monkeypatch.setattr(main.subprocess, "run", page)
+    monkeypatch.setattr(main.signal, "signal", mock.Mock())
 
     def check(options: Any) -> int:
         options.output.parent.mkdir(exist_ok=True)

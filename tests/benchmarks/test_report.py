@@ -100,8 +100,13 @@ def test_one_start_is_no_estimate(benchmarks: Any) -> None:
 
 @pytest.mark.parametrize("add", [False, True])
 def test_one_start_is_refused_before_it_is_made(
-    benchmarks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], add: bool
+    benchmarks: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    add: bool,
 ) -> None:
+    monkeypatch.setattr(benchmarks.end_to_end.sides, "end_with_this_process", lambda: None)
     file = tmp_path / "found.json"
     machine = benchmarks.report.machine()
     file.write_text(json.dumps({"machine": machine, "rows": []}))

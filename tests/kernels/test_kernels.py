@@ -88,7 +88,7 @@ def test_every_layout_gives_the_same(operation: str, dtype: torch.dtype, layout:
         for t, slot in enumerate((0, 0, 1, 0, 2, 2, 1)):
             case.rows[t, 0] = torch.tensor(encode_row(Mode.ROTATE_TO, 50.0 * t, slot))
     case.rows[2, 0] = torch.tensor(identity_row())
-    off = torch.tensor(identity_row()).expand_as(case.rows).to(DEVICE)
+    off = torch.tensor(identity_row()).repeat(case.tokens, 1, 1).to(DEVICE)
     x, residual, weight, bank, classes, rows = case.on(
         "x", "residual", "weight", "bank", "classes", "rows"
     )
