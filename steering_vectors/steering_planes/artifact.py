@@ -14,8 +14,9 @@ can be said in classes: add moves by s * rho, cap holds a coordinate to a place 
 means. Format version 1 has bases only, and such a plane takes no add and no cap; everything else
 about it is as in version 2.
 
-The digest is SHA-256 over the canonical config (JSON: sorted keys, no spaces), then, site after
-site, over basis, means and rho: a newline, the tensor's name, a newline, its bytes, little-endian.
+The digest is SHA-256 over the canonical config (JSON: sorted keys, no spaces; `default_strength`
+and `fingerprint` left out where they are null), then, site after site, over basis, means and rho: a
+newline, the tensor's name, a newline, its bytes, little-endian.
 
 Nothing here unpickles.
 """
@@ -39,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steering_planes import fingerprint
 from steering_planes.geometry import orthonormality_error
 from steering_planes.sites import Site
 
@@ -49,9 +51,18 @@ ANGLE_CONVENTION = "degrees; 0 points along b1 (the positive class), growing fro
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ORTHONORMALITY = 1e-5
 
-Mode = Literal["rotate_by", "rotate_to"]
+Mode = Literal["rotate_by", "rotate_to", "add", "ablate", "cap"]
+STRENGTHS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"add": (-1000.0, 1000.0), "ablate": (0.0, 1.0), "cap": (-1000.0, 1000.0)}
+)
+"""From the least to the greatest strength of each operation that takes one."""
+
 Part = Literal["basis", "means", "rho"]
 Text = Annotated[str, Field(min_length=1)]
+Gain = Annotated[
+    tuple[float, ...],
+    Field(min_length=1 + fingerprint.SUMS, max_length=1 + fingerprint.SUMS),
+]
 
 
 class PlaneError(ValueError):
@@ -61,10 +72,10 @@ class PlaneError(ValueError):
     """
 
     def __init__(self, where: object, field: str, value: object, rule: str) -> None:
-        self.where = " ".join(str(where).split())
-        self.field = field
+        self.where = _line(str(where))
+        self.field = _line(field)
         self.value = _short(value)
-        self.rule = " ".join(rule.split())
+        self.rule = _line(rule)
         super().__init__(f"{self.where}: {field}={self.value}: {self.rule}")
 
 
@@ -89,6 +100,8 @@ class PlaneConfig(_Model):
     `sites` are the selected ones, kept sorted. `default_angle` is in degrees, None for no default.
     `gate` steers only tokens with c1 > gate, None for all. `statistics` maps a site's name
     ("18.attn_in"), selected or not, to named numbers. `format_version` 1 has no class means.
+    `default_strength` is of requests that name neither mode nor strength. `fingerprint` is of the
+    base model's gains (:mod:`steering_planes.fingerprint`), None where they were not at hand.
     """
 
     format_version: Literal[1, 2] = FORMAT_VERSION
@@ -101,10 +114,12 @@ class PlaneConfig(_Model):
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
     default_mode: Mode = "rotate_by"
     default_angle: Annotated[float, Field(ge=-360, le=360)] | None = None
+    default_strength: float | None = None
     angle_convention: Text = ANGLE_CONVENTION
     gate: float | None = None
     extraction: Extraction
     statistics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    fingerprint: dict[str, Gain] | None = None
 
     @field_validator("sites")
     @classmethod
@@ -119,6 +134,23 @@ class PlaneConfig(_Model):
             if site.layer >= self.num_layers:
                 raise ValueError(f"site {site} is outside a model of {self.num_layers} layers")
         return self
+
+    @model_validator(mode="after")
+    def _strength_of_the_mode(self) -> Self:
+        least, most = STRENGTHS.get(self.default_mode, (0.0, 0.0))
+        if self.default_strength is not None:
+            if self.default_mode not in STRENGTHS:
+                raise ValueError(f"{self.default_mode} takes no strength")
+            if not least <= self.default_strength <= most:
+                raise ValueError(f"default_strength must be between {least:g} and {most:g}")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """As plain values; fields that came later only where they say something."""
+        later = {
+            name for name in ("default_strength", "fingerprint") if getattr(self, name) is None
+        }
+        return self.model_dump(mode="json", exclude=later)
 
 
 def tensor_name(site: Site, part: Part = "basis") -> str:
@@ -165,6 +197,10 @@ class Plane:
     def __post_init__(self) -> None:
         _check_bases(self.config, self.bases)
         _check_means(self.config, self.means)
+        if self.config.default_mode not in self.modes:
+            rule = f"must be one of {', '.join(self.modes)}: the plane has no class means"
+            mode = self.config.default_mode
+            raise PlaneError(f"plane {self.config.name}", "default_mode", mode, rule)
         bases = {site: self.bases[site].detach().cpu().clone() for site in self.config.sites}
         object.__setattr__(self, "bases", MappingProxyType(bases))
         if self.means is not None:
@@ -191,9 +227,7 @@ class Plane:
     def digest(self) -> str:
         """SHA-256, 64 hex digits, over the canonical config and the tensors' bytes in order."""
         sha = hashlib.sha256(
-            json.dumps(
-                self.config.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-            ).encode()
+            json.dumps(self.config.canonical(), sort_keys=True, separators=(",", ":")).encode()
         )
         for name, tensor in self._tensors().items():
             sha.update(f"\n{name}\n".encode())
@@ -246,7 +280,8 @@ class Plane:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()  # unlike the temporary folder itself, with the umask's permissions
-            (new / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", "utf-8")
+            config = json.dumps(self.config.canonical(), indent=2, ensure_ascii=False)
+            (new / CONFIG_FILE).write_text(config + "\n", "utf-8")
             save_file(
                 self._tensors(),
                 new / TENSORS_FILE,
@@ -277,12 +312,13 @@ class Plane:
         name_or_path: str,
         allow_mismatch: bool = False,
     ) -> None:
-        """Raise PlaneError unless the plane was made for this model.
+        """Raise PlaneError unless the plane was made for this model, as far as configs say.
 
-        `hidden_size` and `num_layers` must always be equal. `model_type` and the model's name must
-        be too unless `allow_mismatch`. Names are compared by `model_names`: it is enough that one
-        name the served model goes by is one of the base model's, so a copy in a local folder
-        of the same name passes and a fine-tune under another name doesn't.
+        `hidden_size` and `num_layers` must always be equal. `model_type` must be too unless
+        `allow_mismatch`, and of a plane without a fingerprint the model's name. Names are compared
+        by `model_names`: it is enough that one name the served model goes by is one of the base
+        model's, so a copy in a local folder of the same name passes and a fine-tune under another
+        name doesn't. A fingerprint says more than a name: see `check_weights`.
         """
         where = f"plane {self.name}"
         wanted: tuple[tuple[str, int, int], ...] = (
@@ -303,12 +339,29 @@ class Plane:
                 "allowed",
             )
         base = self.config.base_model_name_or_path
-        if not model_names(name_or_path) & model_names(base):
+        if self.config.fingerprint is None and not model_names(name_or_path) & model_names(base):
             raise PlaneError(
                 where,
                 "base_model_name_or_path",
                 name_or_path,
                 f"must be {base!r}, the plane's base model, unless a mismatch is allowed",
+            )
+
+    def check_weights(self, served: fingerprint.Fingerprint) -> None:
+        """Raise PlaneError unless the gains that a model was loaded with are the base model's.
+
+        Of a pipeline's stage, those that it has. A plane without a fingerprint passes.
+        """
+        apart = fingerprint.distance(self.config.fingerprint or {}, served)
+        if apart is not None and apart > fingerprint.TOLERANCE:
+            raise PlaneError(
+                f"plane {self.name}",
+                "fingerprint",
+                f"{apart:.2g}",
+                f"the served model's norms differ from those of "
+                f"{self.config.base_model_name_or_path}, the plane's base model, by more than "
+                f"{fingerprint.TOLERANCE:.2g} of their size: another model or fine-tune, unless a "
+                "mismatch is allowed",
             )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -466,5 +519,10 @@ def _float32(values: Sequence[Any]) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() else _line(repr(value))
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _line(text: str) -> str:
+    """One line, with what a terminal would obey written out: names in files are others'."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

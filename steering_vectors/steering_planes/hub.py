@@ -1,51 +1,99 @@
-"""Where a plane is: a folder, or a repository on the Hugging Face Hub."""
+"""What `hf://` addresses: planes and files in repositories on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from steering_planes.artifact import CONFIG_FILE, TENSORS_FILE, Plane, PlaneError
 
 SCHEME = "hf://"
 
 
-def open_plane(location: str | Path) -> Plane:
-    """The plane in a folder, or at ``hf://organisation/repository[/folder][@revision]``.
+@dataclass(frozen=True)
+class Address:
+    """``hf://[datasets/]organisation/repository[/path][@revision]``."""
 
-    From a repository come its JSON and its safetensors, and no other file. With ``HF_HUB_OFFLINE``
-    set, or without a network, what the Hub's cache has is used.
+    text: str
+    repository: str
+    kind: str
+    """The Hub's type of repository: model or dataset."""
+    path: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises PlaneError for what is no such address."""
+        match = re.fullmatch(
+            r"hf://(datasets/)?([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", text
+        )
+        if match is None or match[2].startswith("datasets/"):
+            rule = (
+                "must be hf://organisation/repository or hf://datasets/organisation/repository, "
+                "with /path and @revision if need be"
+            )
+            raise PlaneError(text, "location", text, rule)
+        kind = "dataset" if match[1] else "model"
+        return cls(text, match[2], kind, match[3].strip("/"), match[4])
+
+    def download(self, patterns: Sequence[str]) -> Path:
+        """What matches, in the Hub's cache: the folder or file at `path` (which may not exist).
+
+        With ``HF_HUB_OFFLINE`` set, or without a network, what the cache has is used. Raises
+        PlaneError where the Hub doesn't have the repository.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            snapshot = snapshot_download(
+                self.repository,
+                repo_type=self.kind,
+                revision=self.revision,
+                allow_patterns=list(patterns),
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            said = str(error).strip().splitlines()[0]
+            rule = f"can't be had: {said}"
+            raise PlaneError(self.text, "repository", self.repository, rule) from None
+        return Path(snapshot, self.path) if self.path else Path(snapshot)
+
+
+def open_plane(location: str | Path) -> Plane:
+    """The plane in a folder, or at ``hf://[datasets/]organisation/repository[/folder][@revision]``.
+
+    From a repository come its JSON and its safetensors, and no other file.
 
     Raises:
         PlaneError: for everything wrong with it.
     """
     if not str(location).startswith(SCHEME):
         return Plane.load(Path(location))
-    return Plane.load(download(str(location)))
+    address = Address.parse(str(location))
+    prefix = f"{address.path}/" if address.path else ""
+    files = [f"{prefix}{name}" for name in (CONFIG_FILE, TENSORS_FILE)]
+    return Plane.load(address.download(files))
 
 
-def download(location: str) -> Path:
-    """The folder in the Hub's cache that holds an ``hf://`` location.
+def fetch(location: str | Path) -> Path:
+    """A file or folder of any kind, as it is, or downloaded from an ``hf://`` address.
 
     Raises:
-        PlaneError: a location that does not parse, or that the Hub does not have.
+        PlaneError: an address that does not parse, or that the Hub does not have.
     """
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", location)
-    if match is None:
-        rule = "must be hf://organisation/repository, with /folder and @revision if need be"
-        raise PlaneError(location, "location", location, rule)
-    repository, folder, revision = match[1], match[2].strip("/"), match[3]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    prefix = f"{folder}/" if folder else ""
-    try:
-        snapshot = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[f"{prefix}{name}" for name in (CONFIG_FILE, TENSORS_FILE)],
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise PlaneError(location, "repository", repository, f"can't be had: {said}") from None
-    return Path(snapshot, folder) if folder else Path(snapshot)
+    if not str(location).startswith(SCHEME):
+        return Path(location)
+    address = Address.parse(str(location))
+    patterns = [address.path, f"{address.path}/*"] if address.path else ["*"]
+    found = address.download(patterns)
+    if not found.exists():
+        rule = f"is not in {address.repository}, or not in the Hub's cache"
+        raise PlaneError(location, "path", address.path, rule)
+    return found

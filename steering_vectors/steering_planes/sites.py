@@ -5,6 +5,7 @@ the next sublayer. Families give the same child name different roles (`post_atte
 `mlp_in` in Llama and `attn_out` in Gemma-2), so everything outside this file goes by role.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -47,6 +48,80 @@ class Site:
         return cls(int(layer), role)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Sites named by hand: `all`, layers (`7`, `12-20`), or of these one role (`12-20.mlp_in`).
+
+    parts: (first layer, last layer, role) each; None for every layer, or for every role.
+    text: as it was written.
+    """
+
+    parts: tuple[tuple[int | None, int | None, str | None], ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parts separated by commas or spaces; raises ValueError naming the part that is none."""
+        words = text.replace(",", " ").split()
+        if not words:
+            raise ValueError(f"sites={text!r}: names none")
+        return cls(tuple(map(_part, words)), " ".join(words))
+
+    def among(self, sites: Collection[Site]) -> tuple[Site, ...]:
+        """The selected ones of these sites, sorted; raises ValueError for a part that has none."""
+        selected: set[Site] = set()
+        for word, (first, last, role) in zip(self.text.split(), self.parts, strict=True):
+            found = {
+                site
+                for site in sites
+                if (first is None or last is None or first <= site.layer <= last)
+                and role in (None, site.role)
+            }
+            layers = {site.layer for site in found}
+            if first is not None and last is not None:
+                missing = [layer for layer in range(first, last + 1) if layer not in layers]
+                if missing:
+                    what = f"layer {missing[0]}" + (f", {role}" if role else "")
+                    raise ValueError(f"sites={word!r}: {what} is not among {named(sites)}")
+            elif not found:
+                raise ValueError(f"sites={word!r}: none of that role among {named(sites)}")
+            selected |= found
+        return tuple(sorted(selected))
+
+
+def _part(word: str) -> tuple[int | None, int | None, str | None]:
+    match = re.fullmatch(r"(all|(\d{1,5})(?:-(\d{1,5}))?)(?:\.([a-z_]+))?", word, re.ASCII)
+    if match is None:
+        rule = "sites are written all, 7, 12-20 or 12-20.mlp_in"
+        raise ValueError(f"sites={word!r}: {rule}")
+    _, first, last, role = match.groups()
+    if role is not None and role not in ROLES:
+        raise ValueError(f"sites={word!r}: a role is one of {', '.join(ROLES)}")
+    if first is None:
+        return None, None, role
+    low, high = int(first), int(last or first)
+    if low > high:
+        raise ValueError(f"sites={word!r}: {low} is after {high}")
+    return low, high, role
+
+
+def named(sites: Collection[Site]) -> str:
+    """Sites in few words, `0-29.attn_in, 0-29.mlp_in`; or none."""
+    words = []
+    for role in ROLES:
+        layers = sorted(site.layer for site in sites if site.role == role)
+        starts = [layer for layer in layers if layer - 1 not in layers]
+        ends = [layer for layer in layers if layer + 1 not in layers]
+        words += [
+            f"{first}.{role}" if first == last else f"{first}-{last}.{role}"
+            for first, last in zip(starts, ends, strict=True)
+        ]
+    return ", ".join(words) or "none"
+
+
 # Child name -> role, by family. The first layout whose names are all children of a layer holds for
 # that layer, so a layout stands before those whose names are a subset of its own.
 _LAYOUTS: tuple[Mapping[str, str], ...] = (
@@ -83,7 +158,7 @@ _LAYOUTS: tuple[Mapping[str, str], ...] = (
 )
 
 # Towers of multimodal models and draft heads may well have as many layers as the decoder.
-_NOT_THE_DECODER = ("vision", "visual", "image", "audio", "speech", "encoder", "draft", "mtp")
+NOT_THE_DECODER = ("vision", "visual", "image", "audio", "speech", "encoder", "draft", "mtp")
 
 
 def find_sites(model: nn.Module, num_layers: int) -> dict[Site, nn.Module]:
@@ -104,7 +179,7 @@ def find_sites(model: nn.Module, num_layers: int) -> dict[Site, nn.Module]:
     found = {
         name: sites
         for name, layers in lists.items()
-        if not any(word in name.lower() for word in _NOT_THE_DECODER)
+        if not any(word in name.lower() for word in NOT_THE_DECODER)
         and (sites := _sites_of(layers))
     }
     if len(found) == 1:

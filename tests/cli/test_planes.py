@@ -13,6 +13,7 @@ from steering_planes import Plane, Site
 from steering_server.cli.main import main
 
 REPOSITORY = Path(__file__).parents[2]
+TOLD = ("--model-type", "qwen2", "--num-layers", "2")
 
 
 @pytest.fixture
@@ -53,12 +54,13 @@ def test_a_published_plane_is_brought_in(
     steering: Callable[..., tuple[int, str]], source: Path, tmp_path: Path
 ) -> None:
     words = ("import", source, "-o", tmp_path / "refusal", "--sites", "0.mlp_in,1.attn_in")
-    status, said = steering(*words, "--base-model", "Qwen/Qwen2.5-7B-Instruct")
+    told = ("--base-model", "Qwen/Qwen2.5-7B-Instruct", *TOLD)
+    status, said = steering(*words, *told)
     assert status == 0, said
     plane = Plane.load(tmp_path / "refusal")
     assert plane.sites == (Site(0, "mlp_in"), Site(1, "attn_in"))
     assert (plane.config.model_type, plane.config.num_layers) == ("qwen2", 2)
-    status, said = steering(*words, "--base-model", "Qwen/Qwen2.5-7B-Instruct")
+    status, said = steering(*words, *told)
     assert status == 1
     assert "never written over another unasked" in said
 
@@ -66,10 +68,12 @@ def test_a_published_plane_is_brought_in(
 @pytest.mark.parametrize(
     ("more", "rule"),
     [
-        ((), "name the model"),
-        (("--base-model", "org/Unheard-of"), "that of org/Unheard-of is not known"),
-        (("--base-model", "org/llama", "--sites", "7.mlp_in"), "must be one of 0.attn_in"),
-        (("--base-model", "org/llama", "--sites", "x"), "a site is written"),
+        ((), "the source names no model: give --base-model"),
+        (("--base-model", "org/llama"), "no folder with a config.json and not in the Hub's cache"),
+        (("--base-model", "m", *TOLD, "--sites", "7.mlp_in"), "layer 7, mlp_in is not among 0-1"),
+        (("--base-model", "m", *TOLD, "--sites", "x"), "sites are written all, 7, 12-20 or"),
+        (("--residual-rms", "0"), "must be above 0"),
+        (("--row", "-1"), "--row"),
     ],
 )
 def test_what_is_missing_is_named(

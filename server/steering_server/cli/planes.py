@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+# Not in a function: typer reads the annotations.
+from steering_planes.artifact import Mode
+from steering_planes.sites import named
+
 if TYPE_CHECKING:
     from steering_planes import Plane
 
@@ -16,9 +20,10 @@ BUNDLED = Path(__file__).parents[3] / "steering_vectors"
 
 def import_plane(
     sources: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            help="A folder with plane.pt, plane.pt itself, an .npy file, or two .gguf files."
+            help="A file or folder of a published layout, or hf://[datasets/]org/repository/path; "
+            "or two with one direction a layer, for the two axes."
         ),
     ],
     output: Annotated[
@@ -26,44 +31,74 @@ def import_plane(
     ],
     name: Annotated[str | None, typer.Option(help="Another name for the plane.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The model it is for; by default what the source says.")
+        str | None,
+        typer.Option(
+            help="The model it is for: its folder, or a repository in the Hub's cache. Its config "
+            "and its norms' gains are read, no more."
+        ),
     ] = None,
     model_type: Annotated[
-        str | None, typer.Option(help="As in the model's config.json: llama, qwen2, gemma2, …")
+        str | None, typer.Option(help="As in the model's config.json, where that is not at hand.")
     ] = None,
-    num_layers: Annotated[
-        int | None, typer.Option(help="Of the model; by default as many as the source names.")
-    ] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
     sites: Annotated[
         str | None,
-        typer.Option(help="Which to steer, as 18.attn_in,18.mlp_in; by default the source's."),
+        typer.Option(
+            help="Which to steer: all, 12-20, 12-20.mlp_in, several by commas; by default the "
+            "source's own."
+        ),
     ] = None,
     default_mode: Annotated[
-        Literal["rotate_by", "rotate_to"], typer.Option(help="The mode of requests that name none.")
-    ] = "rotate_by",
+        Mode | None, typer.Option(help="The mode of requests that name none.")
+    ] = None,
+    index: Annotated[
+        Literal["block-output", "hidden-states"] | None,
+        typer.Option(
+            help="What the source's numbers count: i is what block i puts out, or "
+            "hidden_states[i], which layer i reads."
+        ),
+    ] = None,
+    space: Annotated[
+        Literal["residual", "norm"] | None,
+        typer.Option(help="Where its directions live: the residual stream, or a norm's output."),
+    ] = None,
+    row: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Of a table of directions; twice for the two axes."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="Of a capping_config.pt: the experiment's id.")
+    ] = None,
+    residual_rms: Annotated[
+        float | None,
+        typer.Option(help="Of a capping_config.pt: the residual stream's rms where its caps hold."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
 ) -> None:
     """Bring in a plane that others have published, without running any code of theirs."""
-    from steering_planes import Site, legacy
+    from steering_planes.formats import import_plane as bring_in
 
-    try:
-        chosen = None if sites is None else [Site.parse(site) for site in sites.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--sites") from None
-    plane = legacy.import_plane(
+    if residual_rms is not None and not 0 < residual_rms < float("inf"):
+        raise typer.BadParameter("must be above 0, and finite", param_hint="--residual-rms")
+    plane = bring_in(
         sources,
         name=name or output.resolve().name,
         base_model=base_model,
         model_type=model_type,
         num_layers=num_layers,
-        sites=chosen,
+        sites=sites,
         default_mode=default_mode,
+        index=index,
+        space=space,
+        rows=row or (),
+        experiment=experiment,
+        residual_rms=residual_rms,
     )
     plane.save(output, overwrite=force)
     config = plane.config
     typer.echo(
         f"{output}: plane {config.name} for {config.base_model_name_or_path}, "
-        f"{len(config.sites)} sites"
+        f"{len(config.sites)} sites: {named(config.sites)}"
     )
 
 
@@ -120,11 +155,15 @@ def facts_of(plane: Plane) -> dict[str, str]:
         "plane": config.name,
         "model": f"{config.base_model_name_or_path} ({config.model_type}, {config.num_layers} "
         f"layers, hidden size {config.hidden_size})",
+        "known by": "its name"
+        if config.fingerprint is None
+        else f"the gains of {len(config.fingerprint)} norms",
         "digest": plane.digest,
         "steers": f"{len(config.sites)} sites in {len(layers)} layers: "
         + " ".join(map(str, config.sites)),
         "default": config.default_mode
         + ("" if config.default_angle is None else f" at {config.default_angle:g} degrees")
+        + ("" if config.default_strength is None else f", strength {config.default_strength:g}")
         + ("" if config.gate is None else f", where c1 exceeds {config.gate:g}"),
         "operations": ", ".join(plane.modes)
         + (

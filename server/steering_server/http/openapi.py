@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
+from steering_planes.artifact import Mode
 from steering_server.request.ask import MAX_DEGREES, MAX_OVER
-from steering_server.request.operation import Mode
 from steering_server.request.ticket import FANNING, GENERATING
 
 _FORMS = ("application/json", "multipart/form-data", "application/x-www-form-urlencoded")

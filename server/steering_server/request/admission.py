@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from steering_planes import Plane, canonical_degrees
+from steering_planes.artifact import STRENGTHS, Mode, PlaneConfig
 from steering_server.request import metrics
 from steering_server.request.angle import Ramp
 from steering_server.request.ask import FAN, Ask, parse, steering_fields
@@ -13,7 +14,6 @@ from steering_server.request.error import SteeringError
 from steering_server.request.operation import (
     EXTRA_ARG,
     ROTATIONS,
-    Mode,
     Operation,
     choose,
     fan_of,
@@ -21,9 +21,6 @@ from steering_server.request.operation import (
 from steering_server.request.receipt import layers
 from steering_server.request.window import ALL
 from steering_server.request.words import parse_words
-
-STRENGTHS = {"add": (-1000.0, 1000.0), "ablate": (0.0, 1.0), "cap": (-1000.0, 1000.0)}
-"""From the least to the greatest strength of each operation that takes one."""
 
 
 class Admission:
@@ -132,7 +129,7 @@ class Admission:
             mode=cast(Mode, mode),
             tokens=given.get("tokens", ALL),
             gate=None if gate is None else float(gate) + 0.0,
-            strength=_strength(ask, mode),
+            strength=_strength(ask, mode, plane.config),
             keep_norm=given.get("keep_norm", False) and mode not in ROTATIONS,
             fan=fan,
         )
@@ -160,8 +157,8 @@ def _canonical(degrees: float | Ramp) -> float | Ramp:
     return degrees if isinstance(degrees, Ramp) else canonical_degrees(degrees)
 
 
-def _strength(ask: Ask, mode: str) -> float | None:
-    """How much of an operation; None of a rotation.
+def _strength(ask: Ask, mode: str, config: PlaneConfig) -> float | None:
+    """How much of an operation, the plane's default of its default mode; None of a rotation.
 
     Raises:
         SteeringError: a strength where none is taken, none where one is required, or one too much.
@@ -173,6 +170,8 @@ def _strength(ask: Ask, mode: str) -> float | None:
             rule = f"{mode} takes no strength; {', '.join(STRENGTHS)} do"
             raise SteeringError(field, strength, rule, reason="bad_strength")
         return None
+    if strength is None and mode == config.default_mode:
+        strength = config.default_strength
     if strength is None:
         if mode == "ablate":
             return 1.0

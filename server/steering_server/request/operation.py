@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from steering_planes import canonical_degrees
+from steering_planes.artifact import Mode
 from steering_server.request.angle import Ramp
 from steering_server.request.window import ALL, Window
 
-Mode = Literal["rotate_by", "rotate_to", "add", "ablate", "cap"]
 MODES: tuple[str, ...] = get_args(Mode)
 ROTATIONS = ("rotate_by", "rotate_to")
 """They keep the norm by themselves, and take no strength."""

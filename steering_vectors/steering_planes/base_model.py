@@ -1,0 +1,211 @@
+"""The model that a plane is for, as far as a plane must know it: its config, and its norms' gains.
+
+Read from a folder or from the Hub's cache, by transformers: the model is built without weights, and
+of its checkpoint only the norms' own tensors are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from steering_planes import fingerprint
+from steering_planes.artifact import PlaneError
+from steering_planes.sites import NOT_THE_DECODER, Site, SitesNotFoundError, find_sites
+
+RESIDUAL_ROLES = ("attn_in", "mlp_in")
+"""The norms that read the residual stream; the others read what a sublayer adds to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A model's folder, and what its text config says."""
+
+    folder: Path
+    config: Any
+    """transformers' config of the text model."""
+
+    @classmethod
+    def open(cls, name_or_path: str) -> Self | None:
+        """A folder with a config.json, or a repository in the Hub's cache; None where it is none.
+
+        Raises:
+            PlaneError: a config that transformers does not read.
+        """
+        folder = _folder(name_or_path)
+        if folder is None:
+            return None
+        file = folder / "config.json"
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+            for field in ("model_type", "num_hidden_layers", "hidden_size"):
+                getattr(config, field)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            rule = f"transformers can't read it: {_first_line(error)}"
+            raise PlaneError(file, "config", folder.name, rule) from None
+        return cls(folder, config)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self._norms)
+
+    @cached_property
+    def _norms(self) -> Mapping[Site, tuple[str, nn.Module]]:
+        """Every site's norm, without weights, and its name as `layers.3.input_layernorm`."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(self.config)
+            modules = find_sites(model, self.num_layers)
+        except (ValueError, ImportError, AttributeError, SitesNotFoundError) as error:
+            rule = f"its norms can't be found: {_first_line(error)}"
+            raise PlaneError(self.folder, "base_model", self.model_type, rule) from None
+        names = {id(module): name for name, module in model.named_modules()}
+        return {
+            site: (".".join(names[id(norm)].split(".")[-3:]), norm)
+            for site, norm in modules.items()
+        }
+
+    @cached_property
+    def weights(self) -> Mapping[Site, Mapping[str, Tensor]]:
+        """Each norm's own tensors, as the checkpoint has them.
+
+        Raises:
+            PlaneError: no checkpoint in safetensors, or one without these norms.
+        """
+        keys = self._keys()
+        found: dict[Site, dict[str, Tensor]] = {}
+        for site, (name, norm) in self._norms.items():
+            for parameter, _ in norm.named_parameters(recurse=False):
+                key = _ending(keys, f"{name}.{parameter}")
+                if key is None:
+                    rule = f"has no {name}.{parameter}: is this the model's checkpoint?"
+                    raise PlaneError(self.folder, "weights", str(site), rule)
+                found.setdefault(site, {})[parameter] = self._tensor(keys[key], key)
+        return found
+
+    def through(self, site: Site, directions: Tensor) -> Tensor:
+        """Directions [k, d] of the residual stream as the site's norm hands them on; float64.
+
+        A norm gives x / rms(x) * gain, of x less its mean if it is a LayerNorm: a direction becomes
+        gain * direction, up to each token's own rms. The gain is what the norm itself does to
+        +1, -1, +1, ..., so that a family's habit of storing gain - 1 needs no table.
+        """
+        norm = self._loaded(site)
+        d = directions.shape[1]
+        alternating = torch.ones(d).index_fill(0, torch.arange(1, d, 2), -1.0)
+        ones = torch.ones(d)
+        with torch.no_grad():
+            gain = (norm(alternating) - norm(-alternating)).double() / (2 * alternating)
+            centred = float((norm(ones) - norm(-ones)).abs().max()) < 1e-3 * float(gain.abs().max())
+        given = directions.double()
+        moved: Tensor = gain * (given - given.mean(1, keepdim=True) if centred else given)
+        return moved
+
+    def fingerprint(self) -> dict[str, tuple[float, ...]]:
+        """See :mod:`steering_planes.fingerprint`; of every site whose norm has a weight."""
+        return {
+            str(site): fingerprint.numbers(tensors["weight"])
+            for site, tensors in self.weights.items()
+            if "weight" in tensors
+        }
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a checkpoint to read norms from."""
+        return bool(self._files())
+
+    def _loaded(self, site: Site) -> nn.Module:
+        _, norm = self._norms[site]
+        if any(parameter.is_meta for parameter in norm.parameters()):
+            tensors = {name: t.float() for name, t in self.weights.get(site, {}).items()}
+            norm.to_empty(device="cpu").float().load_state_dict(tensors, strict=False)
+        return norm
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def _keys(self) -> dict[str, Path]:
+        """Every tensor of the checkpoint -> its file."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                return {
+                    str(key): self.folder / str(file)
+                    for key, file in json.loads(index.read_bytes())["weight_map"].items()
+                }
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise PlaneError(index, "weight_map", None, "must map tensors to files") from None
+        if not (files := self._files()):
+            rule = "has no *.safetensors, from which gains could be read"
+            raise PlaneError(self.folder, "weights", self.folder.name, rule)
+        keys: dict[str, Path] = {}
+        for file in files:
+            with _opened(file) as opened:
+                keys |= dict.fromkeys(opened.keys(), file)
+        return keys
+
+    def _tensor(self, file: Path, key: str) -> Tensor:
+        with _opened(file) as opened:
+            tensor: Tensor = opened.get_tensor(key)
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise PlaneError(file, key, tensor.dtype, "must be finite numbers")
+        return tensor
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise PlaneError(file, "file", file.name, f"can't be read: {_first_line(error)}") from None
+
+
+def _folder(name_or_path: str) -> Path | None:
+    if (path := Path(name_or_path).expanduser()).is_dir():
+        return path if (path / "config.json").exists() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name_or_path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _ending(keys: Mapping[str, Path], name: str) -> str | None:
+    """The checkpoint's own name of the decoder's tensor; prefixes differ between classes."""
+    found = [
+        key
+        for key in keys
+        if f".{key}".endswith(f".{name}")
+        and not any(word in key.lower() for word in NOT_THE_DECODER)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
