@@ -14,7 +14,7 @@ from steering_planes.geometry import (
     rotate_by,
     rotate_to,
 )
-from steering_planes.sites import ROLES, Site, SitesNotFoundError, find_sites
+from steering_planes.sites import ROLES, Selection, Site, SitesNotFoundError, find_sites
 
 if TYPE_CHECKING:
     from steering_planes.artifact import ClassMeans, Extraction, Plane, PlaneConfig, PlaneError
@@ -27,6 +27,7 @@ __all__ = [
     "Plane",
     "PlaneConfig",
     "PlaneError",
+    "Selection",
     "Site",
     "SitesNotFoundError",
     "ablate",

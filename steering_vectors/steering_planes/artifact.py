@@ -347,20 +347,22 @@ class Plane:
                 f"must be {base!r}, the plane's base model, unless a mismatch is allowed",
             )
 
-    def check_weights(self, served: fingerprint.Fingerprint) -> None:
+    def check_weights(self, served: fingerprint.Fingerprint, dtype: torch.dtype) -> None:
         """Raise PlaneError unless the gains that a model was loaded with are the base model's.
 
         Of a pipeline's stage, those that it has. A plane without a fingerprint passes.
         """
+        half = dtype == torch.float16
+        tolerance = fingerprint.HALF_TOLERANCE if half else fingerprint.TOLERANCE
         apart = fingerprint.distance(self.config.fingerprint or {}, served)
-        if apart is not None and apart > fingerprint.TOLERANCE:
+        if apart is not None and apart > tolerance:
             raise PlaneError(
                 f"plane {self.name}",
                 "fingerprint",
                 f"{apart:.2g}",
                 f"the served model's norms differ from those of "
                 f"{self.config.base_model_name_or_path}, the plane's base model, by more than "
-                f"{fingerprint.TOLERANCE:.2g} of their size: another model or fine-tune, unless a "
+                f"{tolerance:.2g} of their size: another model or fine-tune, unless a "
                 "mismatch is allowed",
             )
 

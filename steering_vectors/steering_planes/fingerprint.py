@@ -15,16 +15,22 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from steering_planes.sites import Site
 
 Fingerprint = Mapping[str, tuple[float, ...]]
 """A site's name ("18.attn_in") -> its numbers."""
 
 SUMS = 4
 
-TOLERANCE = 2.0**-10
-"""The largest `distance` of one model from itself: a part of bfloat16's rounding, 2^-9, for gains
-that were rounded once more on the way (float16 of a float32 checkpoint)."""
+TOLERANCE = 2.0**-12
+"""The largest `distance` of a model from itself, which is 0 but for the numbers' own rounding. A
+hundredth of the gains that differ in bfloat16's last place are seen."""
+
+HALF_TOLERANCE = 2.0**-9
+"""Where the gains are float16: of a float32 checkpoint they are rounded twice on the way here, and
+an eighth of them lie halfway then (seen: 2^-9.3)."""
 
 
 def numbers(gain: Tensor) -> tuple[float, ...]:
@@ -35,6 +41,12 @@ def numbers(gain: Tensor) -> tuple[float, ...]:
     values = (math.sqrt(float(rounded.square().mean())), *sums.tolist())
     # Six digits: far below the tolerance, and short in a file.
     return tuple(float(f"{value:.6g}") for value in values)
+
+
+def of(norms: Mapping[Site, nn.Module]) -> dict[str, tuple[float, ...]]:
+    """The fingerprint of a loaded model, of every norm that has a weight."""
+    weights = {str(site): getattr(norm, "weight", None) for site, norm in norms.items()}
+    return {site: numbers(gain) for site, gain in weights.items() if isinstance(gain, Tensor)}
 
 
 def distance(one: Fingerprint, other: Fingerprint) -> float | None:

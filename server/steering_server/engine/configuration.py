@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CompilationMode
+from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
 
 from steering_planes import open_plane
@@ -18,6 +19,8 @@ from steering_server.engine.settings import SECTION, Settings, SettingsError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger(f"vllm.{__name__}")
 
 FLAGS = (
     "steering_plane",
@@ -68,7 +71,7 @@ def add_cli_args(original: Callable[..., Any], parser: Any, *args: Any, **kwargs
     group.add_argument(
         "--steering-allow-model-mismatch",
         action="store_true",
-        help="Accept a plane that was calibrated on another model of the same shape.",
+        help="Accept a plane that was made for another model of the same shape.",
     )
     group.add_argument(
         "--steering-kernels",
@@ -209,6 +212,12 @@ def create_engine_config(
             name_or_path=model.model,
             allow_mismatch=settings.allow_model_mismatch,
         )
+        if plane.config.fingerprint is None:
+            logger.info(
+                "Plane %s has no fingerprint of its base model's weights: it goes by the name %s",
+                plane.name,
+                plane.config.base_model_name_or_path,
+            )
     usage = kwargs.get("usage_context", args[0] if args else None)
     if usage in _TAKES_REQUESTS:
         # Whatever command started this server: its routes must know the fields.

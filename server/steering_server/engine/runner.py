@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from vllm.logger import init_logger
 
-from steering_planes import Site, find_sites
+from steering_planes import Plane, PlaneError, Site, find_sites, fingerprint
 from steering_server.engine import patches
 from steering_server.engine.bank import Bank
 from steering_server.engine.retype import retype
@@ -141,12 +142,34 @@ def sites_here(asked: Iterable[Site], norms: Collection[Site], layers: range) ->
     return here
 
 
+def check_weights(
+    planes: Iterable[Plane],
+    norms: Mapping[Site, nn.Module],
+    dtype: torch.dtype,
+    allow_mismatch: bool,
+) -> None:
+    """Compare the gains that were loaded with those that each plane was made for.
+
+    Raises:
+        PlaneError: see :meth:`Plane.check_weights`; a warning if a mismatch is allowed.
+    """
+    served = fingerprint.of(norms)
+    for plane in planes:
+        try:
+            plane.check_weights(served, dtype)
+        except PlaneError as error:
+            if not allow_mismatch:
+                raise
+            logger.warning("%s", error)
+
+
 def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
     """A worker's ``load_model``, and then the wiring, before anything is traced or captured.
 
     The worker keeps a :class:`Wiring` as ``worker.steering``.
 
     Raises:
+        PlaneError: a plane whose base model's norms are others than the loaded model's.
         SettingsError: the model lacks a site that a plane selects.
     """
     original(worker, *args, **kwargs)
@@ -156,9 +179,11 @@ def load_model(original: Callable[..., None], worker: Any, *args: Any, **kwargs:
     runner = worker.model_runner
     model_config = worker.vllm_config.model_config
     norms = find_sites(runner.get_model(), model_config.hf_text_config.num_hidden_layers)
+    planes = settings.load_planes()
+    check_weights(planes.values(), norms, model_config.dtype, settings.allow_model_mismatch)
     layers = range(*model_config.get_layers_start_end_indices(worker.vllm_config.parallel_config))
     here = sites_here(settings.parsed_sites(), norms, layers)
-    bank = Bank(settings.load_planes().values(), here, worker.device)
+    bank = Bank(planes.values(), here, worker.device)
     scheduler = worker.vllm_config.scheduler_config
     rows = Rows(
         max_requests=scheduler.max_num_seqs,

@@ -65,7 +65,7 @@ class Settings(BaseModel):
     max_planes: Annotated[int, Field(ge=1, le=8)] = 1
     """How many planes one request may combine; each costs a pass in the graph."""
     allow_model_mismatch: bool = False
-    """Accept a plane that was calibrated on another model of the same shape."""
+    """Accept a plane that was made for another model of the same shape."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """What rotates; see :func:`steering_kernels.choose`."""
     norms: Literal["auto", "fused", "kept"] = "auto"
