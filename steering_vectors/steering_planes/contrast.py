@@ -1,37 +1,73 @@
 """Contrast sets: what to show a model so that a feature is in one class and not in the other.
 
-A JSON file in one of two forms. The same prompts under two system prompts:
+One file of both classes, in JSON:
 
     {"positive": {"system": "You are cheerful."}, "negative": {"system": "You are gloomy."},
      "prompts": ["Tell me about the ocean.", ...]}
-
-or two lists of prompts:
-
     {"positive": {"prompts": [...]}, "negative": {"prompts": [...]}}
 
-Or two JSONL files, a class each, of {"prompt": ...} or {"messages": [{"role": ..., "content": ...},
-...]} lines.
+or a table of pairs ({positive, negative}, {chosen, rejected}, ... `PAIRS`; pairs of strings), or one
+of {text, label}. Or two tables, a class each. `tables` says what a table may be; a row is a text,
+a list of messages, or columns of which one is taken.
+
+An example ends with the user's turn, which the model would answer, or with the assistant's, whose
+tokens then count.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steering_planes.tables import ContrastError, Row, Table, read_table
 
 Prompt = Annotated[str, Field(min_length=1)]
 Prompts = Annotated[tuple[Prompt, ...], Field(min_length=2)]
 Conversation = list[dict[str, str]]
 """Messages of {role, content}, as chat templates take them."""
 
+COLUMNS = ("prompt", "instruction", "text", "input", "goal", "question")
+"""The first of them that a row has is its text."""
 
-class ContrastError(ValueError):
-    """A contrast set that can't be used, said in one line: file, place in it, and rule."""
+CONVERSATIONS = ("messages", "conversations", "conversation")
+
+CONTEXT = ("prompt", "question", "instruction")
+"""Of a pair, what both sides answer: the first that it has."""
+
+PAIRS = (
+    ("positive", "negative"),
+    ("pos", "neg"),
+    ("harmful", "harmless"),
+    ("chosen", "rejected"),
+    ("answer_matching_behavior", "answer_not_matching_behavior"),
+)
+"""Columns of the positive and of the negative side."""
+
+LABELS = ({"1", "0"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"},
+          {"harmful", "harmless"}, {"yes", "no"})  # fmt: skip
+_POSITIVE = ("1", "true", "positive", "pos", "harmful", "yes")
+
+# OpenAI's words, and ShareGPT's.
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation that ends with the user's turn, and where it stands, as "a.jsonl:3"."""
+    """A conversation that ends with the user's turn or the assistant's, and where it stands."""
 
     conversation: Conversation
     where: str
@@ -41,14 +77,59 @@ class Example:
         """The last message's text."""
         return self.conversation[-1]["content"]
 
+    @property
+    def has_answer(self) -> bool:
+        return self.conversation[-1]["role"] == "assistant"
+
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two classes of examples, and the files that they are from."""
+    """Two classes of examples, and the files that they are from.
+
+    paired: the n-th of one class belongs to the n-th of the other.
+    changes: what was done to the files' examples, in words.
+    """
 
     positive: tuple[Example, ...]
     negative: tuple[Example, ...]
     files: tuple[Path, ...]
+    paired: bool = False
+    changes: tuple[str, ...] = ()
+
+    def sampled(self, samples: int, seed: int) -> Self:
+        """As many examples of each class, drawn at random; pairs stay together.
+
+        Raises ContrastError where a class has fewer.
+        """
+        least = min(len(self.positive), len(self.negative))
+        if not 2 <= samples <= least:
+            where = ", ".join(map(str, self.files))
+            raise ContrastError(f"{where}: samples={samples}: must be 2 to {least}, the classes' n")
+        rng = random.Random(seed)
+        drawn = sorted(rng.sample(range(len(self.positive)), samples))
+        other = drawn if self.paired else sorted(rng.sample(range(len(self.negative)), samples))
+        return replace(
+            self,
+            positive=tuple(self.positive[i] for i in drawn),
+            negative=tuple(self.negative[i] for i in other),
+            changes=(*self.changes, f"{samples} of {len(self.positive)} and {len(self.negative)}"),
+        )
+
+    def under(self, system: str) -> Self:
+        """With this system prompt in both classes; raises ContrastError where one is already."""
+
+        def with_system(example: Example) -> Example:
+            if example.conversation[0]["role"] == "system":
+                raise ContrastError(f"{example.where}: has a system prompt already")
+            message = {"role": "system", "content": system}
+            return replace(example, conversation=[message, *example.conversation])
+
+        return replace(
+            self,
+            positive=tuple(map(with_system, self.positive)),
+            negative=tuple(map(with_system, self.negative)),
+            changes=(*self.changes, f"system prompt {system!r}"),
+        )
 
 
 class _Model(BaseModel):
@@ -63,7 +144,7 @@ class Side(_Model):
 
 
 class ContrastSet(_Model):
-    """Two classes of conversations."""
+    """Two classes of conversations, in the form of our own."""
 
     positive: Side
     negative: Side
@@ -83,9 +164,15 @@ class ContrastSet(_Model):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a contrast set's JSON file; raises ContrastError or OSError."""
+        """Read a contrast set's JSON file; raises ContrastError."""
+        return cls.of(path, _whole(path))
+
+    @classmethod
+    def of(cls, path: Path, value: Any) -> Self:
+        """From what the file holds."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            # Of JSON's values: a list is a tuple there, and nothing else is anything else.
+            return cls.model_validate(value, strict=False)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "contrast set"
@@ -100,83 +187,210 @@ class ContrastSet(_Model):
     def conversations(self) -> tuple[list[Conversation], list[Conversation]]:
         """(positive, negative), each a list of conversations that end with the user's turn."""
         return (
-            [_conversation(self.positive.system, text) for text in self.positive_prompts()],
-            [_conversation(self.negative.system, text) for text in self.negative_prompts()],
+            [_turns(self.positive.system, text) for text in self.positive_prompts()],
+            [_turns(self.negative.system, text) for text in self.negative_prompts()],
         )
 
 
-def read_contrast(path: Path) -> Contrast:
-    """A contrast set's JSON file as examples; raises ContrastError or OSError."""
+def read_contrast(
+    location: str | Path, *, column: str | None = None, positive_label: str | None = None
+) -> Contrast:
+    """One file of both classes as examples.
+
+    Args:
+        location: a file, or ``hf://datasets/organisation/name[@revision]:split``.
+        column: where a row's text is; of pairs the two sides, with a comma.
+        positive_label: of a table of {text, label}, the label of the positive class.
+
+    Raises:
+        ContrastError: naming file, place in it and rule.
+    """
+    if str(location).endswith(".json"):
+        value = _whole(Path(location))
+        if isinstance(value, dict) and isinstance(value.get("positive"), dict):
+            return _of_our_form(Path(location), ContrastSet.of(Path(location), value))
+    table = read_table(location)
+    sides = _sides(table, column)
+    if sides is None:
+        return _labelled(location, table, column, positive_label)
+    positive, negative = (
+        tuple(_side(row, name, sides) for row in table.rows) for name in sides
+    )
+    return _checked(Contrast(positive, negative, table.files, paired=True), location, location)
+
+
+def read_classes(
+    positive: str | Path, negative: str | Path, *, column: str | None = None
+) -> Contrast:
+    """Two tables, a class each; raises as :func:`read_contrast`."""
+    sides = [read_table(location) for location in (positive, negative)]
+    examples = [tuple(_example(row, column) for row in table.rows) for table in sides]
+    files = tuple(file for table in sides for file in table.files)
+    return _checked(Contrast(examples[0], examples[1], files), positive, negative)
+
+
+def load_prompts(path: str | Path) -> list[str]:
+    """The prompts of a table, the last message of each row; raises as `read_contrast`."""
+    return [_example(row, None).prompt for row in read_table(path).rows]
+
+
+def _whole(path: Path) -> Any:
+    """What a JSON file holds; None where that is more than one value, or none."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None  # the table's reader says it, with the place
+
+
+def _checked(contrast: Contrast, positive: str | Path, negative: str | Path) -> Contrast:
+    for location, side in ((positive, contrast.positive), (negative, contrast.negative)):
+        if len(side) < 2:
+            raise ContrastError(f"{location}: holds {len(side)} prompt: a class needs at least 2")
+    return contrast
+
+
+def _of_our_form(path: Path, found: ContrastSet) -> Contrast:
     positive, negative = (
         tuple(
             Example(conversation, f"{path}: {side} prompt {number}")
             for number, conversation in enumerate(conversations, 1)
         )
         for side, conversations in zip(
-            ("positive", "negative"), ContrastSet.load(path).conversations(), strict=True
+            ("positive", "negative"), found.conversations(), strict=True
         )
     )
-    return Contrast(positive, negative, (path,))
+    return Contrast(positive, negative, (path,), paired=found.prompts is not None)
 
 
-def read_classes(positive: Path, negative: Path) -> Contrast:
-    """Two JSONL files, a class each; raises ContrastError or OSError."""
-    contrast = Contrast(read_examples(positive), read_examples(negative), (positive, negative))
-    for path, side in ((positive, contrast.positive), (negative, contrast.negative)):
-        if len(side) < 2:
-            raise ContrastError(f"{path}: holds {len(side)} prompt: a class needs at least 2")
-    return contrast
+# Tables of both classes.
 
 
-def read_examples(path: Path) -> tuple[Example, ...]:
-    """The examples of a JSONL file; blank lines are passed over.
-
-    Raises ContrastError, naming file, line and rule, or OSError.
-    """
-    examples = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            examples.append(Example(_Line.model_validate_json(line).conversation(), where))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"]))
-            raise ContrastError(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
-    if not examples:
-        raise ContrastError(f"{path}: holds no prompts")
-    return tuple(examples)
+def _sides(table: Table, column: str | None) -> tuple[str, str] | None:
+    """The columns of the two sides; None of a table without pairs."""
+    first = table.rows[0]
+    if column is not None and "," in column:
+        positive, _, negative = column.partition(",")
+        return positive.strip(), negative.strip()
+    if isinstance(first.value, list) and len(first.value) == 2:
+        return "0", "1"
+    if isinstance(first.value, dict):
+        return next((pair for pair in PAIRS if set(pair) <= first.value.keys()), None)
+    return None
 
 
-def load_prompts(path: Path) -> list[str]:
-    """The prompts of a JSONL file, the last message of each line; raises as `read_examples`."""
-    return [example.prompt for example in read_examples(path)]
+def _side(row: Row, name: str, sides: tuple[str, str]) -> Example:
+    """One side of a pair: a text, messages, or the answer to what the pair has in common."""
+    value = row.value
+    if isinstance(value, list) and len(value) == 2 and sides == ("0", "1"):
+        return _finished([_text_message(row, f"{name}.", value[int(name)])], row)
+    if not isinstance(value, dict) or name not in value:
+        raise ContrastError(f"{row.where}: {name}: is missing")
+    mine = value[name]
+    common: Conversation = []
+    asked = next((key for key in CONTEXT if key not in sides and value.get(key)), None)
+    if asked is not None:
+        common = _messages(row, asked, value[asked])
+        if isinstance(value.get("system"), str) and value["system"]:
+            common = [{"role": "system", "content": value["system"]}, *common]
+    if isinstance(mine, list):
+        messages = _messages(row, name, mine)
+        return _finished([*common, *messages] if messages[0]["role"] == "assistant" else messages, row)  # fmt: skip
+    message = _text_message(row, f"{name}.", mine)
+    return _finished([*common, {**message, "role": "assistant"}] if common else [message], row)
 
 
-class _Message(_Model):
-    role: Literal["system", "user", "assistant"]
-    content: Prompt
+def _labelled(
+    location: str | Path, table: Table, column: str | None, positive_label: str | None
+) -> Contrast:
+    """A table of texts with a label each."""
+    labels = []
+    for row in table.rows:
+        if not isinstance(row.value, dict) or "label" not in row.value:
+            pairs = ", ".join(f"{a} and {b}" for a, b in PAIRS)
+            rule = f"has no two sides ({pairs}; or --column A,B) and no label"
+            raise ContrastError(f"{row.where}: {rule}")
+        labels.append(str(row.value["label"]).strip().lower())
+    distinct = sorted(set(labels))
+    if len(distinct) != 2:
+        shown = ", ".join(distinct[:6]) + (", …" if len(distinct) > 6 else "")
+        raise ContrastError(f"{location}: label: has {len(distinct)} classes ({shown}): must be two")
+    wanted = None if positive_label is None else positive_label.strip().lower()
+    if wanted is None and set(distinct) in LABELS:
+        wanted = next(label for label in distinct if label in _POSITIVE)
+    if wanted not in distinct:
+        rule = f"which is the positive class, {distinct[0]} or {distinct[1]}? (--positive-label)"
+        raise ContrastError(f"{location}: label: {rule}")
+    examples = [_example(row, column) for row in table.rows]
+    positive, negative = (
+        tuple(e for e, label in zip(examples, labels, strict=True) if (label == wanted) is side)
+        for side in (True, False)
+    )
+    return _checked(Contrast(positive, negative, table.files), location, location)
 
 
-class _Line(_Model):
-    prompt: Prompt | None = None
-    messages: Annotated[tuple[_Message, ...], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _is_a_prompt_or_messages(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("a line has either a prompt or messages")
-        if self.messages is not None and self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
-        return self
-
-    def conversation(self) -> Conversation:
-        if self.messages is None:
-            return _conversation(None, self.prompt or "")
-        return [{"role": m.role, "content": m.content} for m in self.messages]
+# A row of one class.
 
 
-def _conversation(system: str | None, user: str) -> Conversation:
+def _example(row: Row, column: str | None) -> Example:
+    value = row.value
+    if not isinstance(value, dict):
+        return _finished(_messages(row, "", value), row)
+    if column is None:
+        column = next((key for key in (*COLUMNS, *CONVERSATIONS) if key in value), None)
+        if column is None:
+            known = ", ".join((*COLUMNS, *CONVERSATIONS))
+            rule = f"has none of {known}: name the column with the text (--column)"
+            raise ContrastError(f"{row.where}: {rule}")
+    if column not in value:
+        raise ContrastError(f"{row.where}: {column}: is missing")
+    return _finished(_messages(row, column, value[column]), row)
+
+
+def _messages(row: Row, field: str, value: Any) -> Conversation:
+    """A text is the user's; a list is of messages, in OpenAI's words or ShareGPT's."""
+    place = f"{field}." if field else ""
+    if not isinstance(value, list):
+        return [_text_message(row, place, value)]
+    if not value:
+        raise ContrastError(f"{row.where}: {place or 'messages '}holds no messages")
+    return [_message(row, f"{place}{i}.", message) for i, message in enumerate(value)]
+
+
+def _message(row: Row, place: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise ContrastError(f"{row.where}: {place}: must be a message of role and content")
+    said = message.get("role", message.get("from"))
+    role = _ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        rule = f"must be one of {', '.join(_ROLES)}, is {said!r}"
+        raise ContrastError(f"{row.where}: {place}role: {rule}")
+    content = message.get("content", message.get("value"))
+    return {"role": role, "content": _content(row, f"{place}content", content)}
+
+
+def _text_message(row: Row, place: str, value: Any) -> dict[str, str]:
+    return {"role": "user", "content": _content(row, place.rstrip(".") or "text", value)}
+
+
+def _content(row: Row, field: str, value: Any) -> str:
+    """A text, or OpenAI's parts of one."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for i, part in enumerate(value):
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise ContrastError(f"{row.where}: {field}.{i}: must be a part of type text")
+        value = "\n".join(part["text"] for part in value)
+    if not isinstance(value, str) or not value.strip():
+        what = "is empty" if isinstance(value, str) else f"must be text, is {type(value).__name__}"
+        raise ContrastError(f"{row.where}: {field}: {what}")
+    return value
+
+
+def _finished(conversation: Conversation, row: Row) -> Example:
+    if conversation[-1]["role"] == "system":
+        raise ContrastError(f"{row.where}: the last message must be the user's or the assistant's")
+    return Example(conversation, row.where)
+
+
+def _turns(system: str | None, user: str) -> Conversation:
     messages = [] if system is None else [{"role": "system", "content": system}]
     return [*messages, {"role": "user", "content": user}]
