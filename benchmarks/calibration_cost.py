@@ -71,7 +71,7 @@ def calibrate_here(prompts: int) -> None:
     """Calibrate, and print the seconds since the model was loaded."""
     import vllm
 
-    from steering_server.calibration import calibrate
+    from steering_server.calibrate.run import calibrate
 
     loaded = []
     load = vllm.LLM.__init__

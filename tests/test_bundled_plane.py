@@ -16,7 +16,8 @@ from servers import command
 from steering_kernels import Mode, encode_row, steer
 from steering_planes import Plane, Site, find_sites
 from steering_planes.contrast import read_contrast
-from steering_server.activations import hooked, prompt_text
+from steering_server.calibrate.chat import Chat
+from steering_server.evaluation.hooks import hooked
 
 REPOSITORY = Path(__file__).parents[1]
 SENTIMENT = REPOSITORY / "steering_vectors/smollm2-135m-instruct/sentiment"
@@ -76,7 +77,7 @@ def test_adding_one_moves_the_negative_class_to_where_the_positive_one_is(smollm
 
     with torch.no_grad(), hooked({site: norms[site] for site in plane.sites}, record):
         for example in contrast.negative:
-            text = prompt_text(tokenizer, example.conversation)
+            text = Chat().text(tokenizer, example.conversation)
             model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
     for site, activations in last.items():
         h, basis, means = torch.stack(activations), plane.bases[site], plane.means[site]

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, product
 from typing import Literal, Self
 
 import torch
@@ -23,11 +23,12 @@ from steering_planes.artifact import (
     Plane,
     PlaneConfig,
 )
+from steering_planes.fingerprint import Fingerprint
 from steering_planes.geometry import orthonormalise
-from steering_planes.sites import Site
+from steering_planes.sites import Selection, Site
 
 Activations = Mapping[Site, Tensor]
-"""The last prompt token's activation at every site: [n, d] each, a row per example."""
+"""Each example's activation at every site, as a rule its last prompt token's: [n, d] each."""
 
 SIGN_CONVENTION = "b2's sign: the negative class's mean c2 over the selected sites is >= 0"
 
@@ -39,31 +40,46 @@ class CalibrationError(ValueError):
     """The activations give no plane: malformed, without contrast, or nowhere discriminative."""
 
 
+class NothingSelectedError(CalibrationError):
+    """No site discriminates; `calibration` has what was measured, and no bases."""
+
+    def __init__(self, said: str, calibration: "Calibration") -> None:
+        super().__init__(said)
+        self.calibration = calibration
+
+
 @dataclass(frozen=True)
 class Options:
     """How to calibrate. The defaults are SS's published method.
 
-    direction: the feature direction is the candidate most similar to all others ("max_sim", SS) or
-        the one with the longest difference ("max_norm", AS).
+    direction: the feature direction is the candidate most similar to all others ("max_sim", SS),
+        the one with the longest difference ("max_norm", AS), or the candidates' mean ("mean").
+        "random" is the null of a study: the sites of "max_sim", and a random plane at them.
     planes: one plane for all sites ("global"), or b1 = a site's own candidate ("per_site").
     granularity: select a layer only if all its sites discriminate ("layer", SS), or site by site.
     margin: how many standard errors both class means must be from 0 (SS: 0).
+    sites: chosen by hand, and not by discriminating.
+    seed: of random planes.
     """
 
-    direction: Literal["max_sim", "max_norm"] = "max_sim"
+    direction: Literal["max_sim", "max_norm", "mean", "random"] = "max_sim"
     planes: Literal["global", "per_site"] = "global"
     granularity: Literal["layer", "site"] = "layer"
     margin: float = 0.0
+    sites: Selection | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise ValueError(f"margin={self.margin}: must be a finite number of 0 or more")
 
     def __str__(self) -> str:
-        return (
-            f"difference of means, {self.direction} direction, PC1, {self.planes} planes, "
-            f"discriminative by {self.granularity} with margin {self.margin:g}"
-        )
+        found = f"difference of means, {self.direction} direction, PC1, {self.planes} planes"
+        if self.direction == "random":
+            found = f"random {self.planes} planes (seed {self.seed}) at the sites of max_sim"
+        if self.sites is not None:
+            return f"{found}, sites {self.sites} chosen by hand"
+        return f"{found}, discriminative by {self.granularity} with margin {self.margin:g}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,8 @@ class Calibration:
     bases: [2, d] float32 for every selected site, sorted.
     means: where the classes' raw means lie on these bases, and how far apart.
     statistics: every site that was measured and not dropped.
-    feature_site: where the feature direction comes from.
+    directions: what each of them is judged by, b1 [d] float64.
+    feature_site: where the feature direction comes from, None if it is no one site's.
     dropped: sites whose class means don't differ.
     explained_variance: PC1's share of the candidates' variance, 0..1.
     candidates: every site's own direction, unit, [d] float64.
@@ -103,7 +120,8 @@ class Calibration:
     bases: Mapping[Site, Tensor]
     means: Mapping[Site, ClassMeans]
     statistics: Mapping[Site, SiteStatistics]
-    feature_site: Site
+    directions: Mapping[Site, Tensor]
+    feature_site: Site | None
     dropped: tuple[Site, ...]
     explained_variance: float
     candidates: Mapping[Site, Tensor]
@@ -114,10 +132,6 @@ class Calibration:
     def sites(self) -> tuple[Site, ...]:
         """The selected sites, sorted."""
         return tuple(self.bases)
-
-    def b1(self, site: Site) -> Tensor:
-        """The direction [d] that a measured site is judged by, float64."""
-        return self.candidates[site if self.options.planes == "per_site" else self.feature_site]
 
     def with_separation(self, auroc: Mapping[Site, float]) -> Self:
         """With what :func:`separation` measured."""
@@ -135,6 +149,7 @@ class Calibration:
         default_mode: Mode = "rotate_by",
         default_angle: float | None = None,
         gate: float | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> Plane:
         """Name the plane and say what model it is for."""
         config = PlaneConfig(
@@ -150,6 +165,7 @@ class Calibration:
             angle_convention=f"{ANGLE_CONVENTION}; {SIGN_CONVENTION}",
             gate=gate,
             extraction=extraction,
+            fingerprint=dict(fingerprint) if fingerprint else None,
             statistics={
                 str(site): asdict(of) | ({"auroc": self.auroc[site]} if site in self.auroc else {})
                 for site, of in self.statistics.items()
@@ -165,24 +181,31 @@ def calibrate(
 
     `positive` and `negative` map the same sites to [n, d], where n may differ between the two and
     is at least 2. Raises CalibrationError if they are malformed, if the classes differ nowhere, if
-    the candidates span no plane, or if no site discriminates (then nothing is selected, rather than
+    the candidates span no plane, or if a site was chosen at which they don't differ;
+    NothingSelectedError if no site discriminates (then nothing is selected, rather than
     everything).
     """
     options = options or Options()
     _check(positive, negative)
     differences, candidates, feature_site, b1 = _directions(positive, negative, options)
-    dropped = tuple(site for site in differences if site not in candidates)
     pc1, explained = first_component(candidates)
-    statistics = {
-        site: _statistics(positive[site], negative[site], b1[site], differences[site])
-        for site in candidates
-    }
-    selected = discriminative_sites(statistics, tuple(positive), options)
-    if not selected:
-        raise CalibrationError(
-            f"no {options.granularity} discriminates with margin {options.margin:g}: the two "
-            "classes lie on one side of 0 everywhere"
-        )
+    found = Calibration(
+        bases={},
+        means={},
+        statistics={
+            site: _statistics(positive[site], negative[site], b1[site], differences[site])
+            for site in candidates
+        },
+        directions=b1,
+        feature_site=feature_site,
+        dropped=tuple(site for site in differences if site not in candidates),
+        explained_variance=explained,
+        candidates=candidates,
+        options=options,
+    )
+    selected = _selected(found, positive, negative)
+    if options.direction == "random":
+        return _at_random(found, selected, positive, negative)
     try:
         bases = {site: _orthogonal(b1[site], pc1) for site in selected}
     except ValueError as error:
@@ -191,25 +214,25 @@ def calibrate(
     c2 = sum(float(projections(negative[site], bases[site][1]).mean()) for site in selected)
     if c2 < 0:
         bases = {site: _orthogonal(b1[site], -pc1) for site in selected}
+    return _with_bases(found, bases, positive, negative)
+
+
+def _with_bases(
+    found: Calibration,
+    bases: Mapping[Site, Tensor],
+    positive: Activations,
+    negative: Activations,
+) -> Calibration:
     rounded = {site: basis.float() for site, basis in bases.items()}
-    return Calibration(
-        bases=rounded,
-        means={
-            site: _class_means(positive[site], negative[site], basis)
-            for site, basis in rounded.items()
-        },
-        statistics=statistics,
-        feature_site=feature_site,
-        dropped=dropped,
-        explained_variance=explained,
-        candidates=candidates,
-        options=options,
-    )
+    means = {
+        site: _class_means(positive[site], negative[site], basis) for site, basis in rounded.items()
+    }
+    return replace(found, bases=rounded, means=means)
 
 
 def _directions(
     positive: Activations, negative: Activations, options: Options
-) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Site, dict[Site, Tensor]]:
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Site | None, dict[Site, Tensor]]:
     """(differences, candidates, the feature direction's site, b1 of each candidate's site)."""
     differences = {
         site: positive[site].double().mean(0) - negative[site].double().mean(0)
@@ -222,16 +245,102 @@ def _directions(
     }
     if not candidates:
         raise CalibrationError("the two classes have the same mean activation at every site")
-    feature_site = feature_direction(
-        candidates,
-        {site: float(differences[site].norm()) for site in candidates},
-        options.direction,
-    )
+    if options.direction == "mean":
+        feature_site, mean = None, torch.stack(list(candidates.values())).mean(0)
+        feature = mean / mean.norm()
+    else:
+        feature_site = feature_direction(
+            candidates,
+            {site: float(differences[site].norm()) for site in candidates},
+            # A random plane is put where the published method would put its own.
+            "max_sim" if options.direction == "random" else options.direction,
+        )
+        feature = candidates[feature_site]
     b1 = {
-        site: candidates[site if options.planes == "per_site" else feature_site]
-        for site in candidates
+        site: candidate if options.planes == "per_site" else feature
+        for site, candidate in candidates.items()
     }
     return differences, candidates, feature_site, b1
+
+
+def _selected(found: Calibration, positive: Activations, negative: Activations) -> tuple[Site, ...]:
+    """The sites to steer, by hand or by discriminating."""
+    options = found.options
+    if options.sites is not None:
+        try:
+            chosen = options.sites.among(tuple(positive))
+        except ValueError as error:
+            raise CalibrationError(str(error)) from None
+        if same := [str(site) for site in chosen if site in found.dropped]:
+            raise CalibrationError(f"the classes do not differ at {', '.join(same)}")
+        return chosen
+    selected = discriminative_sites(found.statistics, tuple(positive), options)
+    if not selected:
+        raise NothingSelectedError(
+            f"no {options.granularity} discriminates with margin {options.margin:g}: the two "
+            f"classes lie on one side of 0 everywhere; {suggestion(positive, negative, options)}",
+            found,
+        )
+    return selected
+
+
+def suggestion(positive: Activations, negative: Activations, options: Options) -> str:
+    """Which other options would select sites, the nearest first, in words."""
+    others = [
+        replace(options, planes=planes, granularity=granularity, margin=margin)
+        for margin, planes, granularity in product(
+            dict.fromkeys((options.margin, 0.0)),
+            dict.fromkeys((options.planes, "per_site")),
+            dict.fromkeys((options.granularity, "site")),
+        )
+    ]
+    said = []
+    for other in others[1:]:
+        differences, candidates, _, b1 = _directions(positive, negative, other)
+        statistics = {
+            site: _statistics(positive[site], negative[site], b1[site], differences[site])
+            for site in candidates
+        }
+        if selected := discriminative_sites(statistics, tuple(positive), other):
+            flags = [
+                f"--{name} {value:g}" if name == "margin" else f"--{name} {value}"
+                for name in ("planes", "granularity", "margin")
+                if (value := getattr(other, name)) != getattr(options, name)
+            ]
+            said.append(f"{' '.join(flags)} finds {len(selected)} sites")
+    if said:
+        return "; ".join(said)
+    return "no other options find any: choose sites by hand (--sites), or contrast more strongly"
+
+
+def _at_random(
+    found: Calibration, selected: Sequence[Site], positive: Activations, negative: Activations
+) -> Calibration:
+    """Random planes at the selected sites, and how the classes lie on them."""
+    planes = _random_planes(positive, found.options)
+    statistics = {
+        site: replace(
+            _statistics(positive[site], negative[site], planes[site][0], found.candidates[site]),
+            difference_norm=of.difference_norm,
+        )
+        for site, of in found.statistics.items()
+    }
+    directions = {site: planes[site][0] for site in found.candidates}
+    found = replace(found, statistics=statistics, directions=directions, feature_site=None)
+    return _with_bases(found, {site: planes[site] for site in selected}, positive, negative)
+
+
+def _random_planes(activations: Activations, options: Options) -> dict[Site, Tensor]:
+    """[2, d] float64 a site: the same one, or each its own."""
+    generator = torch.Generator().manual_seed(options.seed)
+    width = next(iter(activations.values())).shape[1]
+
+    def draw() -> Tensor:
+        drawn = torch.randn(2, width, generator=generator, dtype=torch.float64)
+        return orthonormalise(drawn).double()
+
+    one = draw()
+    return {site: one if options.planes == "global" else draw() for site in sorted(activations)}
 
 
 def separation(
@@ -251,7 +360,10 @@ def separation(
     )
     if min(len(x) for side in (*kept, *held) for x in side.values()) < 2:
         return {}
-    _, _, _, b1 = _directions(kept[0], kept[1], options)
+    _, candidates, _, b1 = _directions(kept[0], kept[1], options)
+    if options.direction == "random":
+        planes = _random_planes(positive, options)
+        b1 = {site: planes[site][0] for site in candidates}
     return {
         site: auroc(projections(held[0][site], d), projections(held[1][site], d))
         for site, d in b1.items()

@@ -6,9 +6,9 @@ One file of both classes, in JSON:
      "prompts": ["Tell me about the ocean.", ...]}
     {"positive": {"prompts": [...]}, "negative": {"prompts": [...]}}
 
-or a table of pairs ({positive, negative}, {chosen, rejected}, ... `PAIRS`; pairs of strings), or one
-of {text, label}. Or two tables, a class each. `tables` says what a table may be; a row is a text,
-a list of messages, or columns of which one is taken.
+or a table of pairs ({positive, negative}, {chosen, rejected}, ... `PAIRS`; pairs of strings), or
+one of {text, label}. Or two tables, a class each. `tables` says what a table may be; a row is a
+text, a list of messages, or columns of which one is taken.
 
 An example ends with the user's turn, which the model would answer, or with the assistant's, whose
 tokens then count.
@@ -88,6 +88,7 @@ class Contrast:
 
     paired: the n-th of one class belongs to the n-th of the other.
     changes: what was done to the files' examples, in words.
+    seed: of the draw, where they were sampled.
     """
 
     positive: tuple[Example, ...]
@@ -95,6 +96,7 @@ class Contrast:
     files: tuple[Path, ...]
     paired: bool = False
     changes: tuple[str, ...] = ()
+    seed: int | None = None
 
     def sampled(self, samples: int, seed: int) -> Self:
         """As many examples of each class, drawn at random; pairs stay together.
@@ -105,7 +107,7 @@ class Contrast:
         if not 2 <= samples <= least:
             where = ", ".join(map(str, self.files))
             raise ContrastError(f"{where}: samples={samples}: must be 2 to {least}, the classes' n")
-        rng = random.Random(seed)
+        rng = random.Random(seed)  # noqa: S311
         drawn = sorted(rng.sample(range(len(self.positive)), samples))
         other = drawn if self.paired else sorted(rng.sample(range(len(self.negative)), samples))
         return replace(
@@ -113,6 +115,7 @@ class Contrast:
             positive=tuple(self.positive[i] for i in drawn),
             negative=tuple(self.negative[i] for i in other),
             changes=(*self.changes, f"{samples} of {len(self.positive)} and {len(self.negative)}"),
+            seed=seed,
         )
 
     def under(self, system: str) -> Self:
@@ -213,9 +216,7 @@ def read_contrast(
     sides = _sides(table, column)
     if sides is None:
         return _labelled(location, table, column, positive_label)
-    positive, negative = (
-        tuple(_side(row, name, sides) for row in table.rows) for name in sides
-    )
+    positive, negative = (tuple(_side(row, name, sides) for row in table.rows) for name in sides)
     return _checked(Contrast(positive, negative, table.files, paired=True), location, location)
 
 
@@ -255,9 +256,7 @@ def _of_our_form(path: Path, found: ContrastSet) -> Contrast:
             Example(conversation, f"{path}: {side} prompt {number}")
             for number, conversation in enumerate(conversations, 1)
         )
-        for side, conversations in zip(
-            ("positive", "negative"), found.conversations(), strict=True
-        )
+        for side, conversations in zip(("positive", "negative"), found.conversations(), strict=True)
     )
     return Contrast(positive, negative, (path,), paired=found.prompts is not None)
 
@@ -294,7 +293,9 @@ def _side(row: Row, name: str, sides: tuple[str, str]) -> Example:
             common = [{"role": "system", "content": value["system"]}, *common]
     if isinstance(mine, list):
         messages = _messages(row, name, mine)
-        return _finished([*common, *messages] if messages[0]["role"] == "assistant" else messages, row)  # fmt: skip
+        if messages[0]["role"] == "assistant":
+            messages = [*common, *messages]
+        return _finished(messages, row)
     message = _text_message(row, f"{name}.", mine)
     return _finished([*common, {**message, "role": "assistant"}] if common else [message], row)
 
@@ -313,7 +314,9 @@ def _labelled(
     distinct = sorted(set(labels))
     if len(distinct) != 2:
         shown = ", ".join(distinct[:6]) + (", …" if len(distinct) > 6 else "")
-        raise ContrastError(f"{location}: label: has {len(distinct)} classes ({shown}): must be two")
+        raise ContrastError(
+            f"{location}: label: has {len(distinct)} classes ({shown}): must be two"
+        )
     wanted = None if positive_label is None else positive_label.strip().lower()
     if wanted is None and set(distinct) in LABELS:
         wanted = next(label for label in distinct if label in _POSITIVE)

@@ -1,7 +1,7 @@
 """Rows of text data, in the forms that people have them in.
 
-JSON (an array, or an object that holds one), JSONL, CSV and TSV, Parquet, and text, a row a line; with
-a byte-order mark or without; in a file, or in a data set's repository on the Hub:
+JSON (an array, or an object that holds one), JSONL, CSV and TSV, Parquet, and text, a row a line;
+with a byte-order mark or without; in a file, or in a data set's repository on the Hub:
 ``hf://datasets/organisation/name[/path][@revision][:split]``.
 """
 
@@ -137,7 +137,9 @@ def _read_csv(file: Path) -> Iterator[Row]:
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row:
-                raise ContrastError(f"{where}: has more cells than the {len(row) - 1} of the header")
+                raise ContrastError(
+                    f"{where}: has more cells than the {len(row) - 1} of the header"
+                )
             yield Row({key: cell for key, cell in row.items() if cell is not None}, where)
     except csv.Error as error:
         raise ContrastError(f"{file}:{reader.line_num}: must be CSV: {_said(error)}") from None

@@ -15,6 +15,7 @@ from steering_planes.artifact import Extraction, Plane
 from steering_planes.calibration import (
     Calibration,
     CalibrationError,
+    NothingSelectedError,
     Options,
     SiteStatistics,
     auroc,
@@ -26,7 +27,7 @@ from steering_planes.calibration import (
     separation,
 )
 from steering_planes.geometry import orthonormality_error
-from steering_planes.sites import Site
+from steering_planes.sites import Selection, Site
 
 WIDTH = 12
 Activations = dict[Site, Tensor]
@@ -540,3 +541,86 @@ def test_too_few_examples_are_not_held_out() -> None:
     positive, negative = model()
     few = [{site: x[:9] for site, x in side.items()} for side in (positive, negative)]
     assert separation(few[0], few[1], Options(), 5) == {}
+
+
+# Directions of other kinds, and sites chosen by hand.
+
+
+def test_the_mean_direction_is_the_candidates_mean() -> None:
+    positive, negative = model()
+    found = calibrate(positive, negative, Options(direction="mean", granularity="site"))
+    mean = torch.stack(list(found.candidates.values())).mean(0)
+    for basis in found.bases.values():
+        assert float(basis[0].double() @ mean) == pytest.approx(float(mean.norm()), rel=1e-6)
+    assert found.feature_site is None
+
+
+@pytest.mark.parametrize("planes", ["global", "per_site"])
+def test_a_random_plane_is_the_null_at_the_published_sites(planes: Any) -> None:
+    positive, negative = model()
+    real = calibrate(positive, negative, Options(planes=planes))
+    null = calibrate(positive, negative, Options(planes=planes, direction="random", seed=5))
+    assert null.sites == real.sites
+    first = [basis[0] for basis in null.bases.values()]
+    assert torch.equal(first[0], first[1]) == (planes == "global")
+    for site, basis in null.bases.items():
+        assert orthonormality_error(basis) <= 1e-6
+        assert torch.equal(null.directions[site].float(), basis[0])
+        # rho stays the classes' distance, wherever the plane lies.
+        assert null.means[site].rho == real.means[site].rho
+    again = calibrate(positive, negative, Options(planes=planes, direction="random", seed=5))
+    other = calibrate(positive, negative, Options(planes=planes, direction="random", seed=6))
+    site = null.sites[0]
+    assert torch.equal(again.bases[site], null.bases[site])
+    assert not torch.equal(other.bases[site], null.bases[site])
+    assert "random" in str(null.options)
+    assert "seed 5" in str(null.options)
+
+
+def test_a_random_direction_separates_as_chance_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.zeros(64)
+    shift[0] = 4.0
+    positive = {A: torch.randn(200, 64, generator=generator) + shift}
+    negative = {A: torch.randn(200, 64, generator=generator) - shift}
+    null = separation(positive, negative, Options(direction="random", seed=1), 5)
+    assert separation(positive, negative, Options(), 5)[A] > 0.99
+    assert 0.2 < null[A] < 0.95
+
+
+def test_sites_may_be_chosen_by_hand() -> None:
+    positive, negative = model()
+    chosen = Options(sites=Selection.parse("0.attn_in, 1"))
+    found = calibrate(positive, negative, chosen)
+    assert found.sites == Selection.parse("0.attn_in 1").among(tuple(positive))
+    assert str(chosen).endswith("sites 0.attn_in 1 chosen by hand")
+    with pytest.raises(CalibrationError, match="layer 99 is not among"):
+        calibrate(positive, negative, Options(sites=Selection.parse("99")))
+
+
+def test_a_site_without_contrast_can_not_be_chosen() -> None:
+    positive, negative = model()
+    positive[A] = negative[A] = torch.ones(len(positive[A]), positive[A].shape[1])
+    with pytest.raises(CalibrationError, match=f"do not differ at {A}"):
+        calibrate(positive, negative, Options(sites=Selection.parse(str(A))))
+
+
+def test_where_nothing_discriminates_the_error_says_what_would() -> None:
+    """Each site contrasts along its own axis; on another's both classes lie on one side."""
+    axes = torch.eye(8)
+    noise = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
+    positive, negative = (
+        {
+            site: sign * axes[i] + 3 * axes[7] + 0.2 * axes[:4].sum(0) - 0.2 * axes[i] + noise
+            for i, site in enumerate((A, B, C, D))
+        }
+        for sign in (1, -1)
+    )
+    with pytest.raises(NothingSelectedError, match="no layer discriminates") as caught:
+        calibrate(positive, negative, Options())
+    assert "--planes per_site finds 4 sites" in str(caught.value)
+    measured = caught.value.calibration
+    assert measured.sites == ()
+    assert set(measured.statistics) == {A, B, C, D}
+    found = calibrate(positive, negative, Options(planes="per_site"))
+    assert found.sites == (A, B, C, D)

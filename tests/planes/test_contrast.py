@@ -139,7 +139,10 @@ def test_a_system_column_goes_before_a_pair(tmp_path: Path) -> None:
     row = {"system": "Be brief.", "question": "Why?", "chosen": "So.", "rejected": "Well, …"}
     (tmp_path / "a.json").write_text(json.dumps([row, row]))
     (first, _) = read_contrast(tmp_path / "a.json").positive
-    assert first.conversation == [{"role": "system", "content": "Be brief."}, *answer("Why?", "So.")]
+    assert first.conversation == [
+        {"role": "system", "content": "Be brief."},
+        *answer("Why?", "So."),
+    ]
 
 
 def test_two_columns_may_be_named(tmp_path: Path) -> None:
@@ -179,9 +182,9 @@ LINES = {
     '{"prompt": "one"}\n{"promt": "b"}\n': ":2: has none of prompt, instruction, .*--column",
     '{"prompt": "one"}\n{"prompt"': ":2: must be JSON: ",
     '{"messages": []}\n': ":1: messages.holds no messages",
-    '{"messages": [{"role": "tool", "content": "x"}]}': r":1: messages\.0\.role: must be one of sys",
-    '{"messages": [{"role": "system", "content": "x"}]}': ":1: the last message must be the user's",
-    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': r"content\.0: must be a",
+    '{"messages": [{"role": "tool", "content": "x"}]}': r":1: messages\.0\.role: must",
+    '{"messages": [{"role": "system", "content": "x"}]}': ":1: the last message must be",
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': r"content\.0: must be",
     '{"messages": ["x"]}': r":1: messages\.0\.: must be a message",
     "[1]": ":1: 0.: must be a message",
     "null\n": ":1: text: must be text, is NoneType",
@@ -202,7 +205,7 @@ def test_a_bad_line_is_named(lines: str, tmp_path: Path) -> None:
 
 
 FILES = {
-    "a.json": (b'{"a": [1], "b": [2]}', "must be an array of rows, or an object with one: it has a, b"),
+    "a.json": (b'{"a": [1], "b": [2]}', "an array of rows, or an object with one: it has a, b"),
     "b.json": (b'{"a": 1', "must be JSON"),
     "c.json": (b"[" * 100_000, "must be JSON"),
     "d.csv": (b"prompt,n\na,1\nb,2,3\n", r"d\.csv:3: has more cells than the 2 of the header"),
@@ -215,7 +218,7 @@ FILES = {
     "j.json": (b'[{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]',
                r"which is the positive class, x or y\? \(--positive-label\)"),
     "k.json": (b'[{"text": "a"}, {"text": "b"}]', r"item 1: has no two sides \(positive and"),
-    "l.json": (b'[{"positive": "a", "negative": "b"}, {"positive": "a"}]', "item 2: negative: is miss"),
+    "l.json": (b'[{"positive": "a", "negative": "b"}, {"positive": "a"}]', "item 2: negative: is"),
     "none.json": (None, "No such file"),
 }  # fmt: skip
 
@@ -242,7 +245,10 @@ def test_a_label_may_be_said_to_be_the_positive_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "rule"),
     [
-        ("hf://datasets/org/harmful", r"name a split or a file of data/test-00000-of-00001\.parquet"),
+        (
+            "hf://datasets/org/harmful",
+            r"name a split or a file of data/test-00000-of-00001\.parquet",
+        ),
         ("hf://datasets/org/harmful:dev", "holds no such split"),
         ("hf://datasets/org/none:train", "can't be had"),
         ("hf://datasets/org", "must be hf://organisation/repository or hf://datasets/"),

@@ -42,7 +42,8 @@ def pairs(rows: Callable[[str, str], Any], wrap: Callable[[list[Any]], Any] = li
 
     def one(folder: Path, positive: Sequence[str], negative: Sequence[str]) -> Form:
         file = folder / "pairs.json"
-        file.write_text(json.dumps(wrap([rows(p, q) for p, q in zip(positive, negative, strict=True)])))  # fmt: skip
+        made = [rows(p, q) for p, q in zip(positive, negative, strict=True)]
+        file.write_text(json.dumps(wrap(made)))
         return Form((file,))
 
     return one
@@ -67,7 +68,8 @@ def _csv(columns: Callable[[str], dict[str, str]], head: str = "") -> Any:
         with file.open("w", encoding="utf-8", newline="") as opened:
             opened.write(head)
             rows = [columns(prompt) for prompt in prompts]
-            writer = csv.DictWriter(opened, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")  # fmt: skip
+            delimiter = "\t" if file.suffix == ".tsv" else ","
+            writer = csv.DictWriter(opened, list(rows[0]), delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -104,7 +106,8 @@ def on_the_hub(folder: Path, positive: Sequence[str], negative: Sequence[str]) -
         made = snapshot(folder, name)
         half = len(prompts) // 2
         for shard, part in enumerate((prompts[:half], prompts[half:])):
-            parquet(made / f"data/train-0000{shard}-of-00002.parquet", [{"instruction": p} for p in part])  # fmt: skip
+            rows = [{"instruction": prompt} for prompt in part]
+            parquet(made / f"data/train-0000{shard}-of-00002.parquet", rows)
         parquet(made / "data/test-00000-of-00001.parquet", [{"instruction": "another"}] * 3)
         (made / "README.md").write_text("a data set")
     return Form(("hf://datasets/org/harmful@main:train", "hf://datasets/org/harmless:train"))
@@ -112,6 +115,14 @@ def on_the_hub(folder: Path, positive: Sequence[str], negative: Sequence[str]) -
 
 def user(prompt: str) -> Conversation:
     return [{"role": "user", "content": prompt}]
+
+
+def _in_parts(prompt: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": prompt}]}]}
+
+
+def _ibm(rows: list[Any]) -> dict[str, Any]:
+    return {"train": rows, "test": []}
 
 
 def _sharegpt(prompt: str) -> dict[str, Any]:
@@ -134,13 +145,10 @@ FORMS: dict[str, Write] = {
     "text with a BOM": classes(".txt", lambda file, ps: write(file, BOM + "\r\n".join(ps))),
     "messages": classes(".jsonl", _jsonl(lambda p: {"messages": user(p)})),
     "ShareGPT": classes(".json", _json(_sharegpt)),
-    "content parts": classes(
-        ".jsonl",
-        _jsonl(lambda p: {"messages": [{"role": "user", "content": [{"type": "text", "text": p}]}]}),
-    ),
+    "content parts": classes(".jsonl", _jsonl(_in_parts)),
     "text and label": labelled,
     "positive, negative": pairs(lambda p, n: {"positive": p, "negative": n, "topic": "x"}),
-    "IBM": pairs(lambda p, n: {"harmful": p, "harmless": n}, lambda rows: {"train": rows, "test": []}),
+    "IBM": pairs(lambda p, n: {"harmful": p, "harmless": n}, _ibm),
     "pos, neg": pairs(lambda p, n: {"pos": p, "neg": n}),
     "pairs of strings": pairs(lambda p, n: [p, n]),
     "pairs of messages": pairs(lambda p, n: {"chosen": user(p), "rejected": user(n)}),

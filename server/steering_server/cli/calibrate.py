@@ -6,53 +6,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 if TYPE_CHECKING:
     from steering_planes.contrast import Contrast
-    from steering_server.calibration import Calibrated
-
-SEPARATED = 0.75
-"""The least held-out AUROC of the best selected site with which a plane is kept unasked."""
-
-# Markdown, with the metadata block that Hugging Face reads.
-_CARD = """\
----
-base_model: {base}
-tags: [activation-steering]
----
-
-# Steering plane `{name}` for {base}
-
-Turns the model's behaviour by an angle per request, without changing a weight or an activation's
-length. 0° points at the positive class of the contrast set, about 180° at the negative one. The
-default mode is `{mode}`; requests may also add, ablate or cap along a direction of the plane, which
-changes lengths unless they are kept.
-
-## Intended use
-
-Serving {base} with `steering serve … --steering-plane {name}=FOLDER`. Another model, a fine-tune
-included, is refused unless a mismatch is allowed. A plane moves a tendency and is no safeguard: a
-prompt can outweigh it, and whatever else differs between the two sides of the contrast set moves
-too.
-
-## How it was made
-
-    {command}
-
-From {data}, {n} examples a side, last prompt token:
-{options}.
-The feature direction comes from site {feature_site}, PC1 explains {explained:.1%} of the
-candidates' variance, and {steered} of {measured} sites are steered:
-
-| site | positive class on b1 | negative class on b1 | length of the difference |
-|---|---|---|---|
-{rows}
-
-Means of unit-length activations ± standard error. `report.md` says more.
-"""
+    from steering_server.calibrate.record import Token
+    from steering_server.calibrate.run import Calibrated, Measured
 
 
 def calibrate(
@@ -62,25 +23,48 @@ def calibrate(
         Path, typer.Option("--output", "-o", help="The folder to write; its name names the plane.")
     ],
     contrast_set: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="JSON: prompts and two system prompts, or two lists of prompts.",
-            exists=True,
-            dir_okay=False,
+            help="Both classes in one file or data set: pairs, texts with a label, or our own JSON."
         ),
     ] = None,
     positive: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help='JSONL, {"prompt": …} or {"messages": […]} a line: what 0 degrees is to be.',
-            exists=True,
-            dir_okay=False,
+            help="What 0 degrees is to be: JSON, JSONL, CSV, Parquet, text, or "
+            "hf://datasets/organisation/name[@revision]:split."
         ),
     ] = None,
-    negative: Annotated[
-        Path | None,
-        typer.Option(help="JSONL likewise: the opposite.", exists=True, dir_okay=False),
+    negative: Annotated[str | None, typer.Option(help="The opposite, likewise.")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the texts are; of pairs both sides, as A,B. By default the first "
+            "of prompt, instruction, text, input, goal, question."
+        ),
     ] = None,
+    positive_label: Annotated[
+        str | None, typer.Option(help="Of texts with a label: the positive class's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Examples of each class, drawn at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, and of random planes.")] = 0,
+    system_prompt: Annotated[str | None, typer.Option(help="For both classes alike.")] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="A file with a template in Jinja, or none for the text as it is; by "
+            "default the tokenizer's own."
+        ),
+    ] = None,
+    token: Annotated[
+        str,
+        typer.Option(
+            help="Whose activation counts: last, mean (of the answer's tokens, else of "
+            "the prompt's), or -K, the K-th from the end."
+        ),
+    ] = "last",
     name: Annotated[str | None, typer.Option(help="Another name for the plane.")] = None,
     base_model: Annotated[
         str | None,
@@ -88,8 +72,11 @@ def calibrate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The model's revision.")] = None,
     direction: Annotated[
-        Literal["max_sim", "max_norm"],
-        typer.Option(help="The candidate most like all others, or the longest one."),
+        Literal["max_sim", "max_norm", "mean", "random"],
+        typer.Option(
+            help="The candidate most like all others, the longest one, their mean, or a "
+            "random plane: a study's null."
+        ),
     ] = "max_sim",
     planes: Annotated[
         Literal["global", "per_site"],
@@ -102,6 +89,12 @@ def calibrate(
     margin: Annotated[
         float, typer.Option(min=0, help="Standard errors between a class mean and 0.")
     ] = 0.0,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Steer these, and not those that discriminate: all, 12-20, 12-20.mlp_in."
+        ),
+    ] = None,
     default_mode: Annotated[
         Literal["rotate_by", "rotate_to"], typer.Option(help="The mode of requests that name none.")
     ] = "rotate_by",
@@ -119,20 +112,30 @@ def calibrate(
             dir_okay=False,
         ),
     ] = None,
+    save_activations: Annotated[
+        bool, typer.Option(help="Keep both classes' activations beside the plane.")
+    ] = False,
     force: Annotated[
         bool,
         typer.Option(help="Replace an existing output; keep a plane of classes hardly separated."),
     ] = False,
 ) -> None:
-    """Find the steering plane that separates two classes of prompts.
+    """Find the steering plane that separates two classes of prompts, or of answers.
 
     The model runs on vLLM, as it is served: every further flag is vLLM's (--dtype,
     --tensor-parallel-size, --quantization, …). Exits 2 where the classes do not separate.
     """
     # Before the minutes of work, and again when the plane is saved.
+    force = force or _holds_a_report_only(output)
     if output.exists() and not force:
         raise FileExistsError(f"{output}: exists; --force replaces it")
-    contrast = _contrast(contrast_set, positive, negative)
+    which = _token(token)
+    chosen = _sites(sites)
+    contrast = _contrast(contrast_set, positive, negative, column, positive_label)
+    if samples is not None:
+        contrast = contrast.sampled(samples, seed)
+    if system_prompt is not None:
+        contrast = contrast.under(system_prompt)
 
     # vLLM's own lines would tear the progress bar.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -140,36 +143,45 @@ def calibrate(
     from rich.progress import Progress
 
     from steering_planes.calibration import Options, format_confounds
-    from steering_server import report
-    from steering_server.calibration import calibrate as find
+    from steering_server.calibrate.card import card
+    from steering_server.calibrate.chat import Chat
+    from steering_server.calibrate.run import NoPlaneError
+    from steering_server.calibrate.run import calibrate as find
 
     prompts = ([e.prompt for e in side] for side in (contrast.positive, contrast.negative))
     for warning in format_confounds(*prompts):
         typer.echo(f"warning: {warning}: the plane will hold that difference too", err=True)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("activations", total=None)
-        found = find(
-            model,
-            contrast,
-            name=name or output.resolve().name,
-            options=Options(direction, planes, granularity, margin),
-            base_model=base_model,
-            revision=revision,
-            default_mode=default_mode,
-            default_angle=default_angle,
-            gate=gate,
-            engine=engine_arguments(model, context.args),
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with Progress(transient=True) as progress:
+            task = progress.add_task("activations", total=None)
+            found = find(
+                model,
+                contrast,
+                name=name or output.resolve().name,
+                options=Options(direction, planes, granularity, margin, chosen, seed),
+                chat=Chat.of(chat_template),
+                token=which,
+                base_model=base_model,
+                revision=revision,
+                default_mode=default_mode,
+                default_angle=default_angle,
+                gate=gate,
+                engine=engine_arguments(model, context.args),
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except NoPlaneError as error:
+        _write_report(output, error.measured, save_activations)
+        typer.echo(f"{output}: no plane, but a report of why", err=True)
+        raise
     _judge(found, force)
     found.plane.save(
         output,
-        readme=_card(
+        readme=card(
             found,
             _command(sys.argv),
             None if measured is None else measured.read_text("utf-8"),
         ),
-        beside={report.PAGE: report.page(found).encode(), report.FIGURE: report.figure(found)},
+        beside=_beside(found, save_activations),
         overwrite=force,
     )
     typer.echo(
@@ -196,28 +208,73 @@ def engine_arguments(model: str, words: list[str]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value != untouched[key]}
 
 
-def _contrast(contrast_set: Path | None, positive: Path | None, negative: Path | None) -> Contrast:
+def _contrast(
+    contrast_set: str | None,
+    positive: str | None,
+    negative: str | None,
+    column: str | None,
+    positive_label: str | None,
+) -> Contrast:
     from steering_planes.contrast import read_classes, read_contrast
 
     if contrast_set is not None and positive is None and negative is None:
-        return read_contrast(contrast_set)
+        return read_contrast(contrast_set, column=column, positive_label=positive_label)
     if contrast_set is None and positive is not None and negative is not None:
-        return read_classes(positive, negative)
+        return read_classes(positive, negative, column=column)
     raise typer.BadParameter("give --contrast-set, or --positive and --negative")
+
+
+def _token(text: str) -> Token:
+    if text in ("last", "mean"):
+        return cast("Token", text)
+    if text.startswith("-") and text[1:].isdecimal() and int(text) < 0:
+        return int(text)
+    raise typer.BadParameter(f"{text!r}: must be last, mean or -K", param_hint="--token")
+
+
+def _sites(text: str | None) -> Any:
+    from steering_planes import Selection
+
+    try:
+        return None if text is None else Selection.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sites") from None
+
+
+def _holds_a_report_only(output: Path) -> bool:
+    """What an earlier run left that found no plane."""
+    from steering_server.calibrate import report
+
+    files = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    return bool(files) and files <= {report.PAGE, report.FIGURE, report.ACTIVATIONS}
+
+
+def _beside(measured: Measured, activations: bool) -> dict[str, bytes]:
+    from steering_server.calibrate import report
+
+    files = {report.PAGE: report.page(measured).encode(), report.FIGURE: report.figure(measured)}
+    return files | ({report.ACTIVATIONS: report.activations(measured)} if activations else {})
+
+
+def _write_report(output: Path, measured: Measured, activations: bool) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in _beside(measured, activations).items():
+        (output / name).write_bytes(content)
 
 
 def _judge(found: Calibrated, force: bool) -> None:
     """Exit 2 where held-out examples say that the classes do not separate, unless forced."""
-    auroc = found.calibration.auroc
-    best = max((auroc[site] for site in found.plane.sites if site in auroc), default=None)
-    if best is None:
+    from steering_server.calibrate.report import SEPARATED, best
+
+    top = best(found.calibration)
+    if top is None:
         typer.echo("warning: too few examples to hold any out: separation not measured", err=True)
-    elif best < SEPARATED:
+    elif top < SEPARATED:
         said = (
-            f"the classes do not separate: the best selected site's held-out AUROC is {best:.2f}, "
+            f"the classes do not separate: the best selected site's held-out AUROC is {top:.2f}, "
             f"must be at least {SEPARATED}"
         )
-        if not force:
+        if not force and found.calibration.options.direction != "random":
             typer.echo(f"steering: error: {said}; --force keeps the plane", err=True)
             raise typer.Exit(2)
         typer.echo(f"warning: {said}", err=True)
@@ -234,28 +291,3 @@ def _command(argv: list[str]) -> str:
     home = f"{Path.home()}{os.sep}"
     typed = [shlex.quote(word) for word in ["steering", *words]]
     return " ".join(f"~/{w.removeprefix(home)}" if w.startswith(home) else w for w in typed)
-
-
-def _card(found: Calibrated, command: str, measured: str | None) -> str:
-    plane, calibration = found.plane, found.calibration
-    rows = [
-        f"| {site} | {of.mean_positive:+.4f} ± {of.stderr_positive:.4f} "
-        f"| {of.mean_negative:+.4f} ± {of.stderr_negative:.4f} | {of.difference_norm:.3f} |"
-        for site, of in calibration.statistics.items()
-        if site in calibration.bases
-    ]
-    card = _CARD.format(
-        name=plane.name,
-        base=plane.config.base_model_name_or_path,
-        mode=plane.config.default_mode,
-        command=command,
-        data=plane.config.extraction.data,
-        n=plane.config.extraction.n,
-        options=calibration.options,
-        feature_site=calibration.feature_site,
-        explained=calibration.explained_variance,
-        steered=len(calibration.bases),
-        measured=len(calibration.statistics),
-        rows="\n".join(rows),
-    )
-    return card + (f"\n## Measured\n\n{measured.strip()}\n" if measured else "")

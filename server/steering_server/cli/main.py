@@ -50,7 +50,7 @@ def main() -> None:
     """Run the command; an error that is the user's to mend is one line, not a traceback."""
     from steering_planes import PlaneError, SitesNotFoundError
     from steering_planes.calibration import CalibrationError
-    from steering_planes.contrast import ContrastError
+    from steering_planes.tables import ContrastError
     from steering_server.engine.settings import SettingsError
 
     try:

@@ -1,11 +1,13 @@
-"""Recording what calibration needs: the last prompt token's activation at every site.
+"""Recording what calibration needs: an activation of each prompt at every site.
 
-It happens inside the worker, where the model runs as it is served (any quantisation, tensor or
-pipeline parallel); what leaves the worker is one row a prompt and site, never a sequence.
+It is the last token's, or the mean over the tokens that the request names. It happens inside the
+worker, where the model runs as it is served (any quantisation, tensor or pipeline parallel); what
+leaves the worker is one row a prompt and site, never a sequence.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steering_planes import Site, find_sites
+from steering_planes import Site, find_sites, fingerprint
 from steering_server.engine.retype import retype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
 
@@ -27,57 +30,76 @@ WORKER_EXTENSION = "steering_server.engine.recording.RecordingWorker"
 """For vLLM's ``worker_extension_cls``."""
 
 
+RECORDED = "recorded"
+"""The key of ``SamplingParams.extra_args`` with a prompt's positions to be averaged: [from, to)."""
+
+
 class Recording:
     """The activations that a worker has kept since they were last taken."""
 
     def __init__(self) -> None:
-        self._last: Tensor = torch.zeros(0, dtype=torch.int64)
-        self._ended: list[str] = []
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._read: Tensor = torch.zeros(0, dtype=torch.int64)
+        self._owners: list[str] = []
         self._kept: dict[Site, list[Tensor]] = {}
 
+    def expect(self, request: str, params: SamplingParams | None, prompt: int) -> None:
+        """A request's prompt, as many tokens long, will be run."""
+        span = (params.extra_args or {}).get(RECORDED) if params is not None else None
+        self._spans[request] = (prompt - 1, prompt) if span is None else (span[0], span[1])
+
     def step(
-        self,
-        requests: Sequence[str],
-        scheduled: NDArray[np.int32],
-        computed: NDArray[np.int32],
-        prompts: NDArray[np.int32],
+        self, requests: Sequence[str], scheduled: NDArray[np.int32], computed: NDArray[np.int32]
     ) -> None:
         """What the next forward pass runs: [n] each, in the order of the batch.
 
         Args:
-            requests: ids.
+            requests: ids, all of them expected.
             scheduled: tokens of each request in this step.
             computed: tokens of each before this step.
-            prompts: length of each prompt.
         """
         starts = np.cumsum(scheduled) - scheduled
-        # A prompt may come in several chunks; the last one has the token that counts.
-        ends_here = (computed < prompts) & (computed + scheduled >= prompts)
-        rows = (starts + prompts - 1 - computed)[ends_here]
-        self._last = torch.from_numpy(rows.astype(np.int64))
-        self._ended += [requests[index] for index in np.flatnonzero(ends_here)]
+        rows: list[int] = []
+        for request, start, count, before in zip(
+            requests, starts.tolist(), scheduled.tolist(), computed.tolist(), strict=True
+        ):
+            # A prompt may come in several chunks, each with a part of the span.
+            low, high = self._spans[request]
+            here = range(max(low, before), min(high, before + count))
+            rows += [start + position - before for position in here]
+            self._owners += [request] * len(here)
+        self._read = torch.tensor(rows, dtype=torch.int64)
 
     def watch(self, site: Site, norm: nn.Module) -> None:
         """Keep ``norm``'s output at the rows of each step."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             normed = output[0] if isinstance(output, tuple) else output
-            if len(self._last):
+            if len(self._read):
                 tokens = normed.reshape(-1, normed.shape[-1])  # [T, d]
-                rows = tokens[self._last.to(tokens.device)]
+                rows = tokens[self._read.to(tokens.device)]
                 self._kept.setdefault(site, []).append(rows.float().cpu())
 
         norm.register_forward_hook(hook)
 
-    def take(self) -> tuple[list[str], dict[Site, Tensor]]:
-        """The ids of the n requests whose prompts ended, and [n, d] float32 a site, of each in that
-        order; and forget them.
+    def take(self) -> tuple[dict[str, int], dict[Site, Tensor]]:
+        """How many tokens of each of the n requests were run, and [n, d] float32 a site, their
+        means, in that order; and forget them.
 
         The order is the runner's own: V2 sorts a batch by its requests' numbers of tokens.
         """
-        taken = self._ended, {site: torch.cat(rows) for site, rows in self._kept.items()}
-        self._ended, self._kept = [], {}
-        return taken
+        counts = dict(Counter(self._owners))
+        place = {request: row for row, request in enumerate(counts)}
+        owners = torch.tensor([place[request] for request in self._owners], dtype=torch.int64)
+        number = torch.tensor(list(counts.values()), dtype=torch.float64)
+        means = {}
+        for site, parts in self._kept.items():
+            rows = torch.cat(parts)
+            total = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64)
+            total.index_add_(0, owners, rows.double())
+            means[site] = (total / number[:, None]).float()
+        self._spans, self._owners, self._kept = {}, [], {}
+        return counts, means
 
 
 def recording_runner_v1(runner_class: Any) -> type:
@@ -90,13 +112,10 @@ def recording_runner_v1(runner_class: Any) -> type:
             self, scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]
         ) -> Any:
             batch = self.input_batch
-            n = len(batch.req_ids)
-            self.recording.step(
-                batch.req_ids,
-                num_scheduled_tokens,
-                batch.num_computed_tokens_cpu[:n],
-                batch.num_prompt_tokens[:n],
-            )
+            for new in scheduler_output.scheduled_new_reqs:
+                self.recording.expect(new.req_id, new.sampling_params, new.prompt_len)
+            computed = batch.num_computed_tokens_cpu[: len(batch.req_ids)]
+            self.recording.step(batch.req_ids, num_scheduled_tokens, computed)
             return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
 
     return RecordingRunner
@@ -108,13 +127,18 @@ def recording_model_state(state_class: Any) -> type:
     class RecordingModelState(state_class):  # type: ignore[misc]
         recording: Recording
 
+        def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+            self.recording.expect(
+                new_req_data.req_id, new_req_data.sampling_params, new_req_data.prompt_len
+            )
+            super().add_request(req_index, new_req_data)
+
         def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> Any:
             if input_batch.req_ids[0] in req_states.req_id_to_index:
                 self.recording.step(
                     input_batch.req_ids,
                     input_batch.num_scheduled_tokens,
                     input_batch.num_computed_tokens_np,
-                    req_states.prompt_len.np[input_batch.idx_mapping_np],
                 )
             return super().prepare_inputs(input_batch, req_states)
 
@@ -133,7 +157,8 @@ class RecordingWorker:
         """Begin to record.
 
         Returns:
-            ``model_type``, ``hidden_size``, ``num_layers``, and ``sites``, those of this worker.
+            ``model_type``, ``hidden_size``, ``num_layers``; and of this worker ``sites``, and their
+            gains' ``fingerprint``.
         """
         model_config = self.vllm_config.model_config
         text = model_config.hf_text_config
@@ -152,15 +177,16 @@ class RecordingWorker:
             "hidden_size": model_config.get_hidden_size(),
             "num_layers": text.num_hidden_layers,
             "sites": [str(site) for site in norms],
+            "fingerprint": fingerprint.of(norms),
         }
 
-    def steering_take(self) -> tuple[list[str], dict[str, bytes]]:
-        """What was recorded: the requests' ids, and site -> [n, hidden] float32, as bytes; empty
-        beside rank 0."""
+    def steering_take(self) -> tuple[dict[str, int], dict[str, bytes]]:
+        """What was recorded: each request's tokens, and site -> [n, hidden] float32, as bytes;
+        empty beside rank 0."""
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-        requests, taken = self.steering_recording.take()
+        counts, taken = self.steering_recording.take()
         # Under tensor parallelism every rank has the whole of a norm's output.
         if get_tensor_model_parallel_rank() != 0:
-            return [], {}
-        return requests, {str(site): rows.numpy().tobytes() for site, rows in taken.items()}
+            return {}, {}
+        return counts, {str(site): rows.numpy().tobytes() for site, rows in taken.items()}

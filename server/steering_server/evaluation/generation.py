@@ -13,7 +13,7 @@ from torch import Tensor
 from steering_planes.artifact import Mode, Plane
 from steering_planes.geometry import rotate_by, rotate_to
 from steering_planes.sites import Site, find_sites
-from steering_server.activations import encode, hooked
+from steering_server.evaluation.hooks import encode, hooked
 
 
 @torch.inference_mode()

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import engines
 from planes import random_plane
 from steering_planes.artifact import Plane
 from steering_planes.geometry import rotate_to
-from steering_planes.sites import find_sites
-from steering_server.activations import encode, prompt_text
+from steering_planes.sites import Site, find_sites
+from steering_planes.tables import ContrastError
+from steering_server.calibrate.chat import Chat
 from steering_server.cli.main import main
 from steering_server.evaluation.generation import generate
+from steering_server.evaluation.hooks import encode
 
 PROMPTS = [
     "tell me about cats",
@@ -125,8 +128,9 @@ def test_hooks_are_gone_afterwards(model: Any, tokenizer: Any) -> None:
 def test_a_tokenizer_without_a_template_is_refused(folder: Path) -> None:
     bare = transformers.AutoTokenizer.from_pretrained(folder)
     bare.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        prompt_text(bare, user("bread"))
+    with pytest.raises(ContrastError, match=r"no chat template .*--chat-template FILE"):
+        Chat().text(bare, user("bread"))
+    assert Chat("").text(bare, user("bread")) == "bread"
 
 
 # The command.
@@ -261,10 +265,10 @@ def test_classes_without_any_difference_exit_2(
 
 BAD_LINES = {
     "": "holds no prompts",
-    '{"prompt": "a"}\n{"prompt": ': ":2: ",
-    '{"prompt": "a"}\n{"text": "b"}\n': ":2: ",
-    '{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "b"}]}': "must be the user's",
-    '{"prompt": "a", "messages": []}': ":1: ",
+    '{"prompt": "a"}\n{"prompt": ': ":2: must be JSON",
+    '{"prompt": "a"}\n{"txt": "b"}\n': ":2: has none of prompt, instruction",
+    '{"prompt": "a"}\n{"messages": [{"role": "system", "content": "b"}]}': "the last message must",
+    '{"prompt": ["b"]}': ":1: prompt.0.: must be a message",
     '{"prompt": "only one"}': "a class needs at least 2",
 }
 
@@ -282,6 +286,128 @@ def test_bad_input_names_file_line_and_rule(
     (line,) = [line for line in said.splitlines() if line.startswith("steering: error: ")]
     assert str(bad) in line
     assert BAD_LINES[lines] in line
+
+
+def written(folder: Path, name: str, prompts: list[str]) -> Path:
+    file = folder / name
+    file.write_text("\n".join(prompts))
+    return file
+
+
+def test_options_of_the_data_are_in_the_plane(
+    steering: Callable[..., tuple[int, str]], folder: Path, tmp_path: Path
+) -> None:
+    """Samples, a system prompt, a token, sites by hand, activations: all in one run."""
+    positive = written(tmp_path, "a.txt", [f"please be good now {p}" for p in PROMPTS])
+    negative = written(tmp_path, "b.txt", PROMPTS)
+    words = ("--positive", positive, "--negative", negative, "-o", tmp_path / "mood", *BY_SITE)
+    status, said = steering(folder, *words, "--samples", 6, "--seed", 4, "--system-prompt",
+                            "be sad", "--token", "-2", "--sites", "0.mlp_in 1",
+                            "--save-activations")  # fmt: skip
+    assert status == 0, said
+    plane = Plane.load(tmp_path / "mood")
+    assert list(map(str, plane.sites)) == ["0.mlp_in", "1.attn_in", "1.mlp_in"]
+    extraction = plane.config.extraction
+    assert (extraction.n, extraction.seed) == (6, 4)
+    assert extraction.data.endswith("6 of 10 and 10, system prompt 'be sad'")
+    assert extraction.method.endswith("sites 0.mlp_in 1 chosen by hand, token -2")
+    assert plane.config.fingerprint is not None
+    assert set(plane.config.fingerprint) == {"0.attn_in", "0.mlp_in", "1.attn_in", "1.mlp_in"}
+    kept = load_file(tmp_path / "mood" / "activations.safetensors")
+    assert kept["positive.1.mlp_in"].shape == (6, 128)
+    difference = (kept["positive.1.mlp_in"] - kept["negative.1.mlp_in"]).double().mean(0)
+    assert plane.means is not None
+    rho = plane.means[Site(1, "mlp_in")].rho
+    assert float(difference.norm()) == pytest.approx(rho, rel=1e-5)
+    report = (tmp_path / "mood" / "report.md").read_text()
+    assert "| 1.mlp_in | yes | chosen by hand |" in report
+    assert "Here sites were chosen by hand: `0.mlp_in 1`." in report
+
+
+def test_a_random_plane_is_kept_and_called_the_null(
+    steering: Callable[..., tuple[int, str]], folder: Path, contrast_set: Path, tmp_path: Path
+) -> None:
+    words = ("--contrast-set", contrast_set, *BY_SITE[:-1], "--force")
+    for name, more in (("real", ()), ("null", ("--direction", "random", "--seed", 3))):
+        status, said = steering(folder, *words, "-o", tmp_path / name, *more)
+        assert status == 0, said
+    real, null = Plane.load(tmp_path / "real"), Plane.load(tmp_path / "null")
+    assert null.sites == real.sites
+    assert null.config.extraction.seed == 3
+    assert "random per_site planes (seed 3)" in null.config.extraction.method
+    assert "this is a study's null" in (tmp_path / "null" / "report.md").read_text()
+
+
+def test_a_report_opens_with_what_a_reader_needs(
+    steering: Callable[..., tuple[int, str]], folder: Path, contrast_set: Path, tmp_path: Path
+) -> None:
+    words = ("--contrast-set", contrast_set, "-o", tmp_path / "mood", *BY_SITE)
+    status, said = steering(folder, *words)
+    assert status == 0, said
+    lines = (tmp_path / "mood" / "report.md").read_text().splitlines()[2:5]
+    assert [line.split("**")[1] for line in lines] == [
+        "Do the classes separate?", "How many sites?", "Next:"
+    ]  # fmt: skip
+    assert "held-out AUROC of" in lines[0]
+    assert f"{len(Plane.load(tmp_path / 'mood').sites)} of 4 are selected: " in lines[1]
+
+
+def test_where_nothing_discriminates_a_report_says_why_and_the_error_what_would(
+    steering: Callable[..., tuple[int, str]], folder: Path, contrast_set: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "mood"
+    words = ("--contrast-set", contrast_set, "-o", output, *BY_SITE[4:-1])
+    status, said = steering(folder, *words, "--margin", 1000)
+    assert status == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("steering: error: ")]
+    assert "no layer discriminates with margin 1000" in line
+    assert "--margin 0 finds" in line
+    assert {file.name for file in output.iterdir()} == {"report.md", "report.png"}
+    report = (output / "report.md").read_text()
+    assert "- **How many sites?** 0 of 4 are selected.\n" in report
+    assert "--margin 0 finds" in report
+    # A report is no plane: the next run needs no --force to write one in its place.
+    status, said = steering(folder, *words, *BY_SITE[:4])
+    assert status in (0, 2), said
+    assert "exists" not in said
+    status, said = steering(folder, *words, *BY_SITE)
+    assert status == 0, said
+    Plane.load(output)
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        (("--token", "first"), "must be last, mean or -K"),
+        (("--token", "-0"), "must be last, mean or -K"),
+        (("--sites", "x"), "sites are written all, 7, 12-20"),
+        (("--samples", "11"), "samples=11: must be 2 to 10"),
+        (("--system-prompt", "be kind"), "has a system prompt already"),
+        (("--chat-template", "none-such"), "must be a file with a chat template, or none"),
+    ],
+)
+def test_bad_options_are_one_line_before_any_model(
+    steering: Callable[..., tuple[int, str]],
+    contrast_set: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    rule: str,
+) -> None:
+    words = ("no model is loaded", "--contrast-set", contrast_set, "-o", tmp_path / "mood")
+    status, said = steering(*words, *more)
+    assert status in (1, 2)
+    assert rule in said
+    assert not (tmp_path / "mood").exists()
+
+
+def test_more_than_two_classes_are_refused(
+    steering: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"text": p, "label": i % 3} for i, p in enumerate(PROMPTS)]))
+    status, said = steering("no model", "--contrast-set", file, "-o", tmp_path / "mood")
+    assert status == 1
+    assert "label: has 3 classes (0, 1, 2): must be two" in said
 
 
 def test_one_class_is_none(steering: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ import tiny
 from calibration_oracle import Array, Found, Key
 from oracle import LLAMA_NORMS
 from steering_planes.calibration import Calibration, Options
-from steering_planes.contrast import Contrast, ContrastError, read_contrast
-from steering_server.calibration import Calibrated, calibrate, record
+from steering_planes.contrast import Contrast, read_contrast
+from steering_planes.tables import ContrastError
+from steering_server.calibrate.record import record
+from steering_server.calibrate.run import Calibrated, calibrate
 
 REPOSITORY = Path(__file__).parents[1]
 CONTRAST = REPOSITORY / "steering_vectors/contrast_sets/sentiment.json"

@@ -1,6 +1,5 @@
-"""Conversations as a model reads them, and hooks on its norms."""
+"""Batches of conversations, and hooks on a model's norms."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,24 +8,7 @@ from torch import Tensor, nn
 
 from steering_planes.contrast import Conversation
 from steering_planes.sites import Site
-
-
-def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
-    """The conversation in the model's chat template, with the generation prompt.
-
-    Raises ValueError if the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
-    text: str = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=False
-    )
-    return text
-
-
-def chat_template_sha256(tokenizer: Any) -> str:
-    """SHA-256 of the chat template's text, 64 hex digits."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+from steering_server.calibrate.chat import Chat
 
 
 def encode(tokenizer: Any, conversations: Sequence[Conversation], side: str) -> dict[str, Tensor]:
@@ -34,7 +16,7 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], side: str) -> 
 
     The template writes BOS itself where the model wants one, so none is added a second time.
     """
-    texts = [prompt_text(tokenizer, conversation) for conversation in conversations]
+    texts = [Chat().text(tokenizer, conversation) for conversation in conversations]
     encoded = tokenizer(
         texts, add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt"
     )
