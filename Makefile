@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 CLIENTS := .venv-clients
+VECTORS := .venv-vectors
 BACKEND := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 HOST ?= 127.0.0.1
@@ -63,7 +64,7 @@ load: $(STAMP) ## Load-test the running server, unsteered and steered.
 test: $(STAMP) ## Run the tests that CI runs.
 	$(BIN)/pytest -n auto --maxprocesses 2 --dist loadgroup -m 'not slow and not gpu' $(ARGS)
 
-test-slow: $(STAMP) $(CLIENTS)/.set-up ## Run the tests that do not fit into CI.
+test-slow: $(STAMP) $(CLIENTS)/.set-up $(VECTORS)/.set-up ## Run the tests that do not fit into CI.
 	$(BIN)/pytest -m slow $(ARGS)
 
 # Programs that people put in front of a server; their pins are not vLLM's.
@@ -72,6 +73,14 @@ $(CLIENTS)/.set-up:
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --upgrade 'pip>=25.1'
 	$(CLIENTS)/bin/pip install --quiet 'litellm[proxy]>=1.100' 'lm-eval[api]>=0.4.9' transformers
+	touch $@
+
+# Libraries that make control vectors; theirs is another NumPy.
+$(VECTORS)/.set-up:
+	@echo "Installing vector libraries in $(VECTORS): a minute or two, once."
+	$(PYTHON) -m venv $(VECTORS)
+	$(VECTORS)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(VECTORS)/bin/pip install --quiet 'repeng>=0.4' 'steering-vectors>=0.12.2'
 	touch $@
 
 # Hours, on a machine with nothing else to do. ARGS="--starts 5 --ways each" for less.
@@ -102,4 +111,4 @@ format: $(STAMP) ## Reformat, and fix what can be fixed.
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv and caches; the model's cache stays.
-	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(VECTORS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

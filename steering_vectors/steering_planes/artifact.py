@@ -72,10 +72,10 @@ class PlaneError(ValueError):
     """
 
     def __init__(self, where: object, field: str, value: object, rule: str) -> None:
-        self.where = _line(str(where))
-        self.field = _line(field)
+        self.where = one_line(str(where))
+        self.field = one_line(field)
         self.value = _short(value)
-        self.rule = _line(rule)
+        self.rule = one_line(rule)
         super().__init__(f"{self.where}: {field}={self.value}: {self.rule}")
 
 
@@ -521,10 +521,10 @@ def _float32(values: Sequence[Any]) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else _line(repr(value))
+    text = value if isinstance(value, str) and value.isprintable() else one_line(repr(value))
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """One line, with what a terminal would obey written out: names in files are others'."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

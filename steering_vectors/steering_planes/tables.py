@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steering_planes.artifact import PlaneError
+from steering_planes.artifact import PlaneError, one_line
 from steering_planes.hub import SCHEME, Address
 
 
 class ContrastError(ValueError):
     """A contrast's data that can't be used, said in one line: file, place in it, and rule."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(one_line(said))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from steering_planes.tables import ContrastError
 from steering_server.calibrate.record import record
 from steering_server.calibrate.run import Calibrated, calibrate
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONTRAST = REPOSITORY / "steering_vectors/contrast_sets/sentiment.json"
 FP32 = {
     "dtype": "float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,3 +157,31 @@ def test_inspect_refuses_a_plane_that_is_not_sound(
         status, said = steering("inspect", location)
         assert status == 1
         assert said.startswith("steering: error: ")
+
+
+def documented() -> list[str]:
+    text = (REPOSITORY / "docs/formats.md").read_text()
+    return re.findall(r"`(steering import [^`]+)`", text)
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_is_understood(
+    steering: Callable[..., tuple[int, str]],
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of its file nothing is there; every option is."""
+    monkeypatch.chdir(tmp_path)
+    status, said = steering(*command.removeprefix("steering ").split())
+    assert status == 1
+    assert re.search(r"steering: error: \S+: file=\S+: no such file", said), said
+
+
+def test_every_layout_is_documented() -> None:
+    from steering_planes.formats import LAYOUTS
+
+    text = (REPOSITORY / "docs/formats.md").read_text()
+    for layout in LAYOUTS:
+        assert layout.whose.partition(",")[0] in text, layout
+    assert len(documented()) >= len(LAYOUTS)

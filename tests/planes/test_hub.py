@@ -9,6 +9,7 @@ import pytest
 
 from planes import random_plane
 from steering_planes import Plane, PlaneError, open_plane
+from steering_planes.hub import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,6 +47,7 @@ def test_a_cached_repository_is_a_plane(plane: Plane, location: str) -> None:
     ("location", "rule"),
     [
         ("hf://mood", "must be hf://organisation/repository"),
+        ("hf://datasets/mood", "must be hf://organisation/repository"),
         ("hf://org/../mood/x y", "must be hf://organisation/repository"),
         ("hf://org/other", "can't be had"),
         ("hf://org/mood@v2", "can't be had"),
@@ -56,6 +58,25 @@ def test_what_is_not_there_is_one_line(plane: Plane, location: str, rule: str) -
     with pytest.raises(PlaneError, match=rule) as caught:
         open_plane(location)
     assert "\n" not in str(caught.value)
+
+
+def test_a_data_sets_repository_holds_planes_too(plane: Plane, tmp_path: Path) -> None:
+    (tmp_path / "hub/models--org--mood").rename(tmp_path / "hub/datasets--org--mood")
+    for location in ("hf://datasets/org/mood", "hf://datasets/org/mood/deep@v1"):
+        assert open_plane(location).digest == plane.digest
+    with pytest.raises(PlaneError, match="can't be had"):
+        open_plane("hf://org/mood")
+
+
+def test_any_file_may_be_fetched(plane: Plane, tmp_path: Path) -> None:
+    snapshot = tmp_path / f"hub/models--org--mood/snapshots/{COMMIT}"
+    (snapshot / "qwen").mkdir()
+    (snapshot / "qwen/assistant_axis.pt").write_bytes(b"x")
+    assert fetch("hf://org/mood/qwen/assistant_axis.pt").read_bytes() == b"x"
+    assert fetch("hf://org/mood/qwen@v1") == snapshot / "qwen"
+    assert fetch(tmp_path) == tmp_path
+    with pytest.raises(PlaneError, match="is not in org/mood, or not in the Hub's cache"):
+        fetch("hf://org/mood/none.pt")
 
 
 def test_a_folder_stays_a_folder(tmp_path: Path) -> None:
