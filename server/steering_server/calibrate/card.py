@@ -20,10 +20,10 @@ changes lengths unless they are kept.
 
 ## Intended use
 
-Serving {base} with `steering serve … --steering-plane {name}=FOLDER`. Another model, a fine-tune
-included, is refused unless a mismatch is allowed. A plane moves a tendency and is no safeguard: a
-prompt can outweigh it, and whatever else differs between the two sides of the contrast set moves
-too.
+Serving {base} with `steering serve … --steering-plane {name}=FOLDER`. Another model is refused
+unless a mismatch is allowed, and so is a fine-tune, which its norms' gains tell. A plane moves a
+tendency and is no safeguard: a prompt can outweigh it, and whatever else differs between the two
+sides of the contrast set moves too.
 
 ## How it was made
 

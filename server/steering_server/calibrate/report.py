@@ -30,7 +30,7 @@ _PAGE = """\
 
 ![projections, selection, similarity, variance]({figure})
 
-- {n_positive} positive and {n_negative} negative examples, last prompt token, from {data}.
+- {n_positive} positive and {n_negative} negative examples, from {data}.
 - Method: {method}.
 - Feature direction: {feature}. PC1 of the candidates explains {explained:.1%} of their variance,
   {needed} components explain 90 %.
@@ -91,13 +91,18 @@ def best(found: Calibration) -> float | None:
 def _verdict(found: Calibration) -> str:
     if not found.auroc:
         return "Not measured: too few examples to hold any out."
-    at = max(found.auroc, key=lambda site: found.auroc[site])
-    top = found.auroc[at]
-    kind = "yes" if top >= SEPARATED else "hardly"
-    said = f"{kind}: {at} does best, with a held-out AUROC of {top:.2f} (0.5 is chance)."
+    of = [site for site in found.sites or found.auroc if site in found.auroc]
+    at = max(of, key=lambda site: found.auroc[site], default=None)
+    if at is None:
+        return "Not measured at the selected sites."
+    top, what = found.auroc[at], "selected ones" if found.sites else "sites"
+    said = (
+        f"{'Yes' if top >= SEPARATED else 'Hardly'}: of the {what} {at} does best, with a held-out "
+        f"AUROC of {top:.2f} (0.5 is chance)."
+    )
     if found.options.direction == "random":
         said += " The directions are random: this is a study's null."
-    return said[0].upper() + said[1:]
+    return said
 
 
 def _next(measured: Measured) -> str:
