@@ -30,6 +30,7 @@ from steering_planes.sites import Selection, Site
 Activations = Mapping[Site, Tensor]
 """Each example's activation at every site, as a rule its last prompt token's: [n, d] each."""
 
+RANDOM_CONVENTION = "degrees; 0 points along a random b1, growing from b1 toward a random b2"
 SIGN_CONVENTION = "b2's sign: the negative class's mean c2 over the selected sites is >= 0"
 
 # Means that differ by less than this share of the activations' own length differ by rounding only.
@@ -162,7 +163,11 @@ class Calibration:
             sites=self.sites,
             default_mode=default_mode,
             default_angle=default_angle,
-            angle_convention=f"{ANGLE_CONVENTION}; {SIGN_CONVENTION}",
+            angle_convention=(
+                RANDOM_CONVENTION
+                if self.options.direction == "random"
+                else f"{ANGLE_CONVENTION}; {SIGN_CONVENTION}"
+            ),
             gate=gate,
             extraction=extraction,
             fingerprint=dict(fingerprint) if fingerprint else None,
@@ -310,7 +315,10 @@ def suggestion(positive: Activations, negative: Activations, options: Options) -
             said.append(f"{' '.join(flags)} finds {len(selected)} sites")
     if said:
         return "; ".join(said)
-    return "no other options find any: choose sites by hand (--sites), or contrast more strongly"
+    return (
+        "no other planes, granularity or margin find any: choose sites by hand (--sites), or "
+        "contrast more strongly"
+    )
 
 
 def _at_random(

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -37,8 +38,8 @@ COLUMNS = ("prompt", "instruction", "text", "input", "goal", "question")
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
-CONTEXT = ("prompt", "question", "instruction")
-"""Of a pair, what both sides answer: the first that it has."""
+CONTEXT = ("prompt", "question", "instruction", "input")
+"""What both sides of a pair answer: the first that a table's first row has."""
 
 PAIRS = (
     ("positive", "negative"),
@@ -212,11 +213,19 @@ def read_contrast(
         value = _whole(Path(location))
         if isinstance(value, dict) and isinstance(value.get("positive"), dict):
             return _of_our_form(Path(location), ContrastSet.of(Path(location), value))
+        if isinstance(value, dict) and (found := _lists(Path(location), value, column)):
+            return _checked(found, location, location)
     table = read_table(location)
-    sides = _sides(table, column)
+    sides = _sides(table, column, positive_label)
     if sides is None:
         return _labelled(location, table, column, positive_label)
-    positive, negative = (tuple(_side(row, name, sides) for row in table.rows) for name in sides)
+    first = table.rows[0].value
+    asked = [
+        key for key in CONTEXT if isinstance(first, dict) and key in first and key not in sides
+    ]
+    positive, negative = (
+        tuple(_side(row, name, asked[0] if asked else None) for row in table.rows) for name in sides
+    )
     return _checked(Contrast(positive, negative, table.files, paired=True), location, location)
 
 
@@ -247,6 +256,15 @@ def _checked(contrast: Contrast, positive: str | Path, negative: str | Path) -> 
     for location, side in ((positive, contrast.positive), (negative, contrast.negative)):
         if len(side) < 2:
             raise ContrastError(f"{location}: holds {len(side)} prompt: a class needs at least 2")
+    answers = [
+        {example.has_answer for example in side} for side in (contrast.positive, contrast.negative)
+    ]
+    if answers in ([{True}, {False}], [{False}, {True}]):
+        one, other = contrast.positive[0].where, contrast.negative[0].where
+        rule = (
+            "one class ends with answers, the other with prompts: their last tokens say only that"
+        )
+        raise ContrastError(f"{one}, {other}: {rule}")
     return contrast
 
 
@@ -264,12 +282,29 @@ def _of_our_form(path: Path, found: ContrastSet) -> Contrast:
 # Tables of both classes.
 
 
-def _sides(table: Table, column: str | None) -> tuple[str, str] | None:
-    """The columns of the two sides; None of a table without pairs."""
+def _lists(path: Path, value: Mapping[str, Any], column: str | None) -> Contrast | None:
+    """A JSON object with an array of each class; None of another."""
+    for names in PAIRS:
+        if all(isinstance(value.get(name), list) for name in names):
+            positive, negative = (
+                tuple(
+                    _example(Row(row, f"{path}: {name} item {number}"), column)
+                    for number, row in enumerate(value[name], 1)
+                )
+                for name in names
+            )
+            return Contrast(positive, negative, (path,))
+    return None
+
+
+def _sides(table: Table, column: str | None, positive_label: str | None) -> tuple[str, str] | None:
+    """The columns of the two sides; None of a table with labels."""
     first = table.rows[0]
     if column is not None and "," in column:
         positive, _, negative = column.partition(",")
         return positive.strip(), negative.strip()
+    if column is not None or positive_label is not None:
+        return None
     if isinstance(first.value, list) and len(first.value) == 2:
         return "0", "1"
     if isinstance(first.value, dict):
@@ -277,27 +312,30 @@ def _sides(table: Table, column: str | None) -> tuple[str, str] | None:
     return None
 
 
-def _side(row: Row, name: str, sides: tuple[str, str]) -> Example:
-    """One side of a pair: a text, messages, or the answer to what the pair has in common."""
+def _side(row: Row, name: str, asked: str | None) -> Example:
+    """One side of a pair: a text, messages, or the answer to what both sides are asked."""
     value = row.value
-    if isinstance(value, list) and len(value) == 2 and sides == ("0", "1"):
+    if isinstance(value, list) and len(value) == 2 and name in ("0", "1"):
         return _finished([_text_message(row, f"{name}.", value[int(name)])], row)
     if not isinstance(value, dict) or name not in value:
         raise ContrastError(f"{row.where}: {name}: is missing")
-    mine = value[name]
-    common: Conversation = []
-    asked = next((key for key in CONTEXT if key not in sides and value.get(key)), None)
+    mine, common = value[name], []
     if asked is not None:
+        if asked not in value:
+            raise ContrastError(f"{row.where}: {asked}: is missing")
         common = _messages(row, asked, value[asked])
-        if isinstance(value.get("system"), str) and value["system"]:
-            common = [{"role": "system", "content": value["system"]}, *common]
-    if isinstance(mine, list):
+    if isinstance(mine, list) or _is_transcript(mine):
         messages = _messages(row, name, mine)
         if messages[0]["role"] == "assistant":
             messages = [*common, *messages]
-        return _finished(messages, row)
-    message = _text_message(row, f"{name}.", mine)
-    return _finished([*common, {**message, "role": "assistant"}] if common else [message], row)
+    elif common:
+        messages = [*common, {**_text_message(row, f"{name}.", mine), "role": "assistant"}]
+    else:
+        messages = [_text_message(row, f"{name}.", mine)]
+    system = value.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return _finished(messages, row)
 
 
 def _labelled(
@@ -310,7 +348,10 @@ def _labelled(
             pairs = ", ".join(f"{a} and {b}" for a, b in PAIRS)
             rule = f"has no two sides ({pairs}; or --column A,B) and no label"
             raise ContrastError(f"{row.where}: {rule}")
-        labels.append(str(row.value["label"]).strip().lower())
+        label = row.value["label"]
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)  # as pandas writes a column that once had a gap
+        labels.append(str(label).strip().lower())
     distinct = sorted(set(labels))
     if len(distinct) != 2:
         shown = ", ".join(distinct[:6]) + (", …" if len(distinct) > 6 else "")
@@ -349,9 +390,29 @@ def _example(row: Row, column: str | None) -> Example:
     return _finished(_messages(row, column, value[column]), row)
 
 
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
 def _messages(row: Row, field: str, value: Any) -> Conversation:
-    """A text is the user's; a list is of messages, in OpenAI's words or ShareGPT's."""
+    """A text is the user's, or a transcript of "Human:" and "Assistant:" (HH-RLHF); a list is of
+    messages, in OpenAI's words or ShareGPT's."""
     place = f"{field}." if field else ""
+    if _is_transcript(value):
+        _, *turns = _TURN.split(value.strip())
+        value = [
+            {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+            for who, said in zip(turns[::2], turns[1::2], strict=True)
+        ]
+    if field in CONVERSATIONS and isinstance(value, str):
+        # As a table of texts has it.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ContrastError(f"{row.where}: {field}: must be a list of messages") from None
     if not isinstance(value, list):
         return [_text_message(row, place, value)]
     if not value:
@@ -377,7 +438,7 @@ def _text_message(row: Row, place: str, value: Any) -> dict[str, str]:
 
 def _content(row: Row, field: str, value: Any) -> str:
     """A text, or OpenAI's parts of one."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list | tuple):
         for i, part in enumerate(value):
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
                 raise ContrastError(f"{row.where}: {field}.{i}: must be a part of type text")
@@ -385,6 +446,8 @@ def _content(row: Row, field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "is empty" if isinstance(value, str) else f"must be text, is {type(value).__name__}"
         raise ContrastError(f"{row.where}: {field}: {what}")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ContrastError(f"{row.where}: {field}: holds half of a character (a lone surrogate)")
     return value
 
 

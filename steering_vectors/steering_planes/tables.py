@@ -46,9 +46,9 @@ class Table:
 
 def read_table(location: str | Path) -> Table:
     """The rows of a file or of a split; raises ContrastError."""
-    files = _files(str(location))
+    files, key = _files(str(location))
     try:
-        rows = tuple(row for file in files for row in _read(file))
+        rows = tuple(row for file in files for row in _read(file, key))
     except OSError as error:
         raise ContrastError(f"{error.filename or location}: {error.strerror or error}") from None
     if not rows:
@@ -56,42 +56,70 @@ def read_table(location: str | Path) -> Table:
     return Table(rows, files)
 
 
-def _files(location: str) -> tuple[Path, ...]:
+# Data sets on the Hub.
+
+_SHARD = r"-(\d{5})-of-(\d{5})(?:-\w+)?"
+
+
+def _files(location: str) -> tuple[tuple[Path, ...], str | None]:
+    """A location's files; and of a JSON object that holds several arrays, which one is meant."""
     if not location.startswith(SCHEME):
-        return (Path(location),)
-    address, colon, split = location.removeprefix(SCHEME).partition(":")
+        return (Path(location),), None
+    address, _, split = location.removeprefix(SCHEME).partition(":")
     try:
         parsed = Address.parse(SCHEME + address)
-        found = parsed.download([f"*{suffix}" for suffix in _READERS])
+        # Of a repository, no text beside the data: requirements.txt is none of it.
+        found = parsed.download(
+            [parsed.path]
+            if Path(parsed.path).suffix.lower() in _READERS
+            else [f"*{suffix}" for suffix in _READERS if suffix != ".txt"]
+        )
     except PlaneError as error:
         raise ContrastError(str(error)) from None
     if found.is_file():
-        return (found,)
-    files = sorted(f for f in found.rglob("*") if f.suffix.lower() in _READERS and f.is_file())
-    if colon:
-        files = [f for f in files if _is_of(str(f.relative_to(found)), split)]
-    folders = {re.sub(r"\d+-of-\d+", "", str(f)) for f in files}
-    if not files or len(folders) > 1:
-        names = ", ".join(str(f.relative_to(found)) for f in files[:12])
-        rule = f"name a split or a file of {names}" if files else "holds no such split, or no data"
-        raise ContrastError(f"{location}: {rule}")
-    return tuple(files)
+        return (found,), split or None
+    there = sorted(
+        file
+        for file in found.rglob("*")
+        if file.suffix.lower() in _READERS and file.suffix.lower() != ".txt" and file.is_file()
+    )
+    files = [file for file in there if not split or _is_of(file.relative_to(found), split)]
+    if not files and split == "train" and len(there) == 1:
+        files = there  # the name of what is not split
+    names = ", ".join(str(file.relative_to(found)) for file in (files or there)[:12])
+    if len({_unsharded(file) for file in files}) != 1:
+        rule = "name a split, or one file" if files else f"no file is of the split {split!r}"
+        raise ContrastError(f"{location}: {rule}: there are {names or 'no data files'}")
+    shards = [re.search(_SHARD, file.stem) for file in files]
+    wanted = max((int(shard[2]) for shard in shards if shard), default=len(files))
+    if len(files) != wanted:
+        raise ContrastError(f"{location}: {len(files)} of {wanted} files are there: {names}")
+    return tuple(files), None
 
 
-def _is_of(name: str, split: str) -> bool:
-    """`train` is `train.jsonl`, `data/train-00000-of-00002.parquet`, `train/0000.parquet`."""
-    return re.search(rf"(?:^|[/_.-]){re.escape(split)}(?:[/_.-]|$)", name) is not None
+def _is_of(name: Path, split: str) -> bool:
+    """`train` is `train.jsonl`, `x-train.csv`, `data/train-00000-of-00002.parquet` and
+    `train/0000.parquet`, and not `train_sft.jsonl`."""
+    stem = rf"(?:.*[-.])?{re.escape(split)}(?:{_SHARD})?"
+    return split in name.parts[:-1] or re.fullmatch(stem, name.stem) is not None
 
 
-def _read(file: Path) -> Iterator[Row]:
+def _unsharded(file: Path) -> str:
+    return str(file.parent / re.sub(rf"{_SHARD}$|^\d+$", "", file.stem)) + file.suffix
+
+
+# Files.
+
+
+def _read(file: Path, key: str | None) -> Iterator[Row]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         known = ", ".join(_READERS)
         raise ContrastError(f"{file}: is of no known kind: must end in one of {known}")
-    return reader(file)
+    return _read_json(file, key) if reader is _read_json else reader(file)
 
 
-def _read_json(file: Path) -> Iterator[Row]:
+def _read_json(file: Path, key: str | None = None) -> Iterator[Row]:
     try:
         value = json.loads(_text(file))
     except json.JSONDecodeError as error:
@@ -101,41 +129,62 @@ def _read_json(file: Path) -> Iterator[Row]:
         return
     except (ValueError, RecursionError) as error:
         raise ContrastError(f"{file}: must be JSON: {_said(error)}") from None
-    for place, rows in _arrays(file, value):
-        for number, row in enumerate(rows, 1):
-            yield Row(row, f"{file}: {place}item {number}")
+    name, rows = _array(file, value, key)
+    for number, row in enumerate(rows, 1):
+        yield Row(row, f"{file}: {name}item {number}")
 
 
-def _arrays(file: Path, value: Any) -> list[tuple[str, list[Any]]]:
+def _array(file: Path, value: Any, key: str | None) -> tuple[str, list[Any]]:
+    """The rows, and under which name they stand."""
     if isinstance(value, list):
-        return [("", value)]
-    found = (
-        [(key, of) for key, of in value.items() if isinstance(of, list)]
-        if isinstance(value, dict)
-        else []
+        return "", value
+    arrays = (
+        {k: v for k, v in value.items() if isinstance(v, list)} if isinstance(value, dict) else {}
     )
-    for key, of in found:
-        if key == "train" or len(found) == 1:
-            return [(f"{key} ", of)]
-    names = ", ".join(key for key, _ in found) or "none"
-    rule = f"must be an array of rows, or an object with one: it has {names}"
-    raise ContrastError(f"{file}: {rule}")
+    # One array among other things may be anything: a prompt's tags.
+    only = next(iter(arrays)) if len(arrays) == 1 == len(value) else None
+    wanted = key or ("train" if "train" in arrays else only)
+    if wanted not in arrays:
+        rule = (
+            f"must be an array of rows, or an object with one: it has {', '.join(arrays) or 'none'}"
+        )
+        raise ContrastError(f"{file}: {rule}" + (f", and no {key!r}" if key else ""))
+    return f"{wanted} ", arrays[wanted]
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered, blank ones left out. Not splitlines, which ends a line at U+2028, too."""
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        if line.strip():
-            try:
-                yield Row(json.loads(line), f"{file}:{number}")
-            except (ValueError, RecursionError) as error:
-                raise ContrastError(f"{file}:{number}: must be JSON: {_said(error)}") from None
+    for number, line in _lines(file):
+        try:
+            yield Row(json.loads(line), f"{file}:{number}")
+        except (ValueError, RecursionError) as error:
+            raise ContrastError(f"{file}:{number}: must be JSON: {_said(error)}") from None
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
+    return iter(_csv_rows(file, delimiter=","))
+
+
+def _read_tsv(file: Path) -> Iterator[Row]:
+    try:
+        return iter(_csv_rows(file, delimiter="\t"))
+    except ContrastError:
+        # Written without quoting: a quote is a quote.
+        return iter(_csv_rows(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _csv_rows(file: Path, **dialect: Any) -> list[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    # Not splitlines: a quoted cell may hold lines of its own.
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter)
+    # A quoted cell may hold lines of its own. Strictly: a stray quote would swallow rows.
+    text = io.StringIO(_text(file), newline="")
+    reader = csv.DictReader(text, strict=True, **dialect)
+    rows = []
     try:
         for row in reader:
             where = f"{file}:{reader.line_num}"
@@ -143,15 +192,15 @@ def _read_csv(file: Path) -> Iterator[Row]:
                 raise ContrastError(
                     f"{where}: has more cells than the {len(row) - 1} of the header"
                 )
-            yield Row({key: cell for key, cell in row.items() if cell is not None}, where)
+            rows.append(Row({k: cell for k, cell in row.items() if cell is not None}, where))
     except csv.Error as error:
         raise ContrastError(f"{file}:{reader.line_num}: must be CSV: {_said(error)}") from None
+    return rows
 
 
 def _read_text(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        if line.strip():
-            yield Row(line.strip(), f"{file}:{number}")
+    for number, line in _lines(file):
+        yield Row(line.strip(), f"{file}:{number}")
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -172,7 +221,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

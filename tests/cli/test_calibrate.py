@@ -335,7 +335,10 @@ def test_a_random_plane_is_kept_and_called_the_null(
     assert null.sites == real.sites
     assert null.config.extraction.seed == 3
     assert "random per_site planes (seed 3)" in null.config.extraction.method
-    assert "this is a study's null" in (tmp_path / "null" / "report.md").read_text()
+    assert "a study's null" in (tmp_path / "null" / "report.md").read_text()
+    assert "| max_sim selects it |" in (tmp_path / "null" / "report.md").read_text()
+    assert "it is the null that a study compares with" in (tmp_path / "null/README.md").read_text()
+    assert null.config.angle_convention.startswith("degrees; 0 points along a random b1")
 
 
 def test_a_report_opens_with_what_a_reader_needs(
@@ -366,13 +369,17 @@ def test_where_nothing_discriminates_a_report_says_why_and_the_error_what_would(
     report = (output / "report.md").read_text()
     assert "- **How many sites?** 0 of 4 are selected.\n" in report
     assert "--margin 0 finds" in report
-    # A report is no plane: the next run needs no --force to write one in its place.
-    status, said = steering(folder, *words, *BY_SITE[:4])
-    assert status in (0, 2), said
-    assert "exists" not in said
-    status, said = steering(folder, *words, *BY_SITE)
+    # A report is no plane: the next run needs no --force to write one in its place, and no more is
+    # forgiven it.
+    status, said = steering(folder, *words, "--sites", "1.attn_in")
     assert status == 0, said
-    Plane.load(output)
+    made = Plane.load(output)
+    # Nor does a run without a plane leave its report beside another's plane.
+    status, said = steering(folder, *words, "--margin", 1000, "--force")
+    assert status == 2
+    assert f"{output}-report: no plane, but a report of why" in said
+    assert Plane.load(output).digest == made.digest
+    assert "0 of 4 are selected" in (tmp_path / "mood-report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -381,6 +388,9 @@ def test_where_nothing_discriminates_a_report_says_why_and_the_error_what_would(
         (("--token", "first"), "must be last, mean or -K"),
         (("--token", "-0"), "must be last, mean or -K"),
         (("--sites", "x"), "sites are written all, 7, 12-20"),
+        (("--name", "my plane"), "'my plane': a plane's name"),
+        (("--gate", "nan"), "must be a finite number"),
+        (("--margin", "inf"), "must be a finite number"),
         (("--samples", "11"), "samples=11: must be 2 to 10"),
         (("--system-prompt", "be kind"), "has a system prompt already"),
         (("--chat-template", "none-such"), "must be a file with a chat template, or none"),
@@ -398,6 +408,28 @@ def test_bad_options_are_one_line_before_any_model(
     assert status in (1, 2)
     assert rule in said
     assert not (tmp_path / "mood").exists()
+
+
+def test_a_folder_of_the_users_own_is_no_report(
+    steering: Callable[..., tuple[int, str]], contrast_set: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "mood"
+    output.mkdir()
+    for name in ("report.md", "report.png"):
+        (output / name).write_text("mine")
+    status, said = steering("m", "--contrast-set", contrast_set, "-o", output)
+    assert status == 1
+    assert "exists; --force replaces it" in said
+    assert (output / "report.md").read_text() == "mine"
+
+
+def test_a_model_that_is_not_there_is_one_line(
+    steering: Callable[..., tuple[int, str]], contrast_set: Path, tmp_path: Path
+) -> None:
+    status, said = steering("/no/such/model", "--contrast-set", contrast_set, "-o", tmp_path / "a")
+    assert status == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("steering: error: ")]
+    assert line.startswith("steering: error: /no/such/model: can't be had: ")
 
 
 def test_more_than_two_classes_are_refused(

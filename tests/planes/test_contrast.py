@@ -24,7 +24,7 @@ PROMPTS = ["Hello", "How are you?"]
 SYSTEMS = {"positive": {"system": "Be kind."}, "negative": {"system": "Be rude."}}
 
 # Quotes, commas, a line's end, letters outside ASCII: what a form may have to escape.
-POSITIVE = ['Say "yes", please', "Wie geht’s, Ümit?", "one;two,three", "a\\b"]
+POSITIVE = ['Say "yes", please', "Wie geht’s, Ümit?", "one;two\u2028three", "a\\b\x85c"]
 NEGATIVE = ["Say 'no'", "never\tmind", "{not: json}", "four"]
 
 
@@ -119,6 +119,80 @@ def test_two_answers_to_a_question(form: str, tmp_path: Path) -> None:
     assert all(e.has_answer for e in (*found.positive, *found.negative))
 
 
+def test_a_transcript_is_a_conversation(tmp_path: Path) -> None:
+    """HH-RLHF."""
+    head = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    rows = [{"chosen": f"{head} So.", "rejected": f"{head} No\n\nidea."}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = read_contrast(tmp_path / "a.json")
+    assert found.negative[0].conversation == [
+        *answer("Hi", "Hello."),
+        *answer("Why?", "No\n\nidea."),
+    ]
+
+
+def test_what_is_asked_is_the_same_column_in_every_row(tmp_path: Path) -> None:
+    rows = [{"system": "Be kind", "input": "Why?", "chosen": "a", "rejected": "b"}] * 2
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (first, _) = read_contrast(tmp_path / "a.json").positive
+    assert first.conversation == [{"role": "system", "content": "Be kind"}, *answer("Why?", "a")]
+    for gap in ("", None):
+        rows[1] = {**rows[1], "input": gap}
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        with pytest.raises(ContrastError, match=r"a\.json: item 2: input: (is empty|must be text)"):
+            read_contrast(tmp_path / "a.json")
+
+
+def test_an_array_of_each_class(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"positive": POSITIVE, "negative": NEGATIVE[:3]}))
+    found = read_contrast(tmp_path / "a.json")
+    assert said(found) == ([user(p) for p in POSITIVE], [user(n) for n in NEGATIVE[:3]])
+    assert not found.paired
+
+
+def test_a_conversation_in_a_table_of_texts(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text((json.dumps({"messages": json.dumps(user("Hi"))}) + "\n") * 2)
+    assert load_prompts(file) == ["Hi", "Hi"]
+    file.write_text((json.dumps({"messages": "[{'role': 'user'}]"}) + "\n") * 2)
+    with pytest.raises(ContrastError, match=":1: messages: must be a list of messages"):
+        load_prompts(file)
+
+
+def test_answers_on_one_side_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": answer("a", "b")}) + "\n") * 2)
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    with pytest.raises(ContrastError, match="one class ends with answers, the other with prompts"):
+        read_classes(tmp_path / "a.jsonl", tmp_path / "b.txt")
+
+
+def test_a_quote_that_does_not_close_swallows_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tn\n"twas night\t1\nthree\t0\nfour\t1\n"five"\t1\n')
+    assert load_prompts(tmp_path / "a.tsv") == ['"twas night', "three", "four", '"five"']
+    for text in ('prompt\none\n"two\nthree\n', 'prompt\n"one" he said\nb\n'):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(ContrastError, match=r"a\.csv:\d: must be CSV"):
+            load_prompts(tmp_path / "a.csv")
+
+
+def test_labels_as_pandas_writes_them(tmp_path: Path) -> None:
+    contrasts.parquet(
+        tmp_path / "a.parquet", [{"text": f"t{i}", "label": i % 2 / 1} for i in range(4)]
+    )
+    assert said(read_contrast(tmp_path / "a.parquet"))[0] == [user("t1"), user("t3")]
+
+
+def test_an_option_is_never_passed_over(tmp_path: Path) -> None:
+    rows = [{"positive": "a", "negative": "b", "text": f"t{i}", "label": i % 2} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert said(read_contrast(tmp_path / "a.json"))[0] == [user("a")] * 4
+    assert said(read_contrast(tmp_path / "a.json", column="text"))[0] == [user("t1"), user("t3")]
+    with pytest.raises(ContrastError, match="no: is missing"):
+        read_contrast(tmp_path / "a.json", column="no")
+    with pytest.raises(ContrastError, match="which is the positive class, 0 or 1"):
+        read_contrast(tmp_path / "a.json", positive_label="zzz")
+
+
 def test_roles_of_others_are_ours(tmp_path: Path) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -189,6 +263,7 @@ LINES = {
     "[1]": ":1: 0.: must be a message",
     "null\n": ":1: text: must be text, is NoneType",
     "": "holds no prompts",
+    '{"prompt": "\\ud83d hi"}\n': ":1: prompt: holds half of a character",
     '{"prompt": "only one"}': "holds 1 prompt: a class needs at least 2",
 }
 
@@ -206,6 +281,7 @@ def test_a_bad_line_is_named(lines: str, tmp_path: Path) -> None:
 
 FILES = {
     "a.json": (b'{"a": [1], "b": [2]}', "an array of rows, or an object with one: it has a, b"),
+    "m.json": (b'{"prompt": "p", "tags": ["x", "y"]}', "an array of rows, or an object with one"),
     "b.json": (b'{"a": 1', "must be JSON"),
     "c.json": (b"[" * 100_000, "must be JSON"),
     "d.csv": (b"prompt,n\na,1\nb,2,3\n", r"d\.csv:3: has more cells than the 2 of the header"),
@@ -245,11 +321,9 @@ def test_a_label_may_be_said_to_be_the_positive_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "rule"),
     [
-        (
-            "hf://datasets/org/harmful",
-            r"name a split or a file of data/test-00000-of-00001\.parquet",
-        ),
-        ("hf://datasets/org/harmful:dev", "holds no such split"),
+        ("hf://datasets/org/harmful", "name a split, or one file: there are data/test-00000-of-0"),
+        ("hf://datasets/org/harmful:dev", "no file is of the split 'dev': there are data/test"),
+        ("hf://datasets/org/partial:train", "2 of 4 files are there"),
         ("hf://datasets/org/none:train", "can't be had"),
         ("hf://datasets/org", "must be hf://organisation/repository or hf://datasets/"),
         ("hf://datasets/org/harmful@v9:train", "can't be had"),
@@ -257,9 +331,54 @@ def test_a_label_may_be_said_to_be_the_positive_one(tmp_path: Path) -> None:
 )
 def test_what_the_hub_does_not_have_is_one_line(location: str, rule: str, tmp_path: Path) -> None:
     contrasts.on_the_hub(tmp_path, POSITIVE, NEGATIVE)
+    made = contrasts.snapshot(tmp_path, "partial")
+    for shard in (0, 2):
+        contrasts.parquet(made / f"data/train-0000{shard}-of-00004.parquet", [{"text": "a"}])
     with pytest.raises(ContrastError, match=rule) as caught:
         read_classes(location, location)
     assert "\n" not in str(caught.value)
+
+
+SPLITS = {
+    "data/train-00000-of-00002-0ab1.parquet data/train-00001-of-00002-9cd2.parquet": True,
+    "default/train/0000.parquet default/train/0001.parquet default/test/0000.parquet": True,
+    "harmful_behaviors.csv": True,
+    "mood-train.jsonl mood-test.jsonl requirements.txt": True,
+    "train.json": True,
+    "data/train_sft-00000-of-00001.parquet data/test_sft-00000-of-00001.parquet": False,
+    "train-v1/test.jsonl train-v1/dev.jsonl": False,
+}
+
+
+@pytest.mark.parametrize("files", SPLITS)
+def test_a_split_is_its_own_files(files: str, tmp_path: Path) -> None:
+    made = contrasts.snapshot(tmp_path, "set")
+    for name in files.split():
+        file = made / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "of train" if "test" not in name else "of another"
+        match file.suffix:
+            case ".parquet":
+                contrasts.parquet(file, [{"text": text}])
+            case ".csv":
+                file.write_text(f"text\n{text}\n")
+            case ".json":
+                file.write_text(json.dumps({"test": ["x"], "train": [text]}))
+            case _:
+                file.write_text(json.dumps({"text": text}))
+    if SPLITS[files]:
+        assert set(load_prompts("hf://datasets/org/set:train")) == {"of train"}
+    else:
+        with pytest.raises(ContrastError, match="no file is of the split 'train'"):
+            load_prompts("hf://datasets/org/set:train")
+
+
+def test_a_split_within_a_json_file(tmp_path: Path) -> None:
+    made = contrasts.snapshot(tmp_path, "set")
+    (made / "c.json").write_text(json.dumps({"train": ["a"], "test": ["b", "c"]}))
+    assert load_prompts("hf://datasets/org/set/c.json:test") == ["b", "c"]
+    with pytest.raises(ContrastError, match="it has train, test, and no 'dev'"):
+        load_prompts("hf://datasets/org/set/c.json:dev")
 
 
 def test_a_file_of_a_data_set_may_be_named(tmp_path: Path) -> None:

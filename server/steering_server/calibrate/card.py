@@ -14,9 +14,9 @@ tags: [activation-steering]
 # Steering plane `{name}` for {base}
 
 Turns the model's behaviour by an angle per request, without changing a weight or an activation's
-length. 0° points at the positive class of the contrast set, about 180° at the negative one. The
-default mode is `{mode}`; requests may also add, ablate or cap along a direction of the plane, which
-changes lengths unless they are kept.
+length. {angles}
+The default mode is `{mode}`; requests may also add, ablate or cap along a direction of the plane,
+which changes lengths unless they are kept.
 
 ## Intended use
 
@@ -57,7 +57,13 @@ def card(found: Calibrated, command: str, measured: str | None) -> str:
         for site, of in calibration.statistics.items()
         if site in calibration.bases
     ]
+    null = calibration.options.direction == "random"
     text = _CARD.format(
+        angles=(
+            "Its directions are random: it is the null that a study compares with."
+            if null
+            else "0° points at the contrast set's positive class, about 180° at the negative one."
+        ),
         name=plane.name,
         base=plane.config.base_model_name_or_path,
         mode=plane.config.default_mode,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,21 @@ class Chat:
             return cls()
         if option == PLAIN:
             return cls("")
+        rule = f"--chat-template {option}: must be a file with a chat template, or {PLAIN}"
         try:
-            return cls(Path(option).read_text("utf-8"))
+            template = Path(option).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            rule = f"must be a file with a chat template, or {PLAIN}: {error}"
-            raise ContrastError(f"--chat-template {option}: {rule}") from None
+            raise ContrastError(f"{rule}: {error}") from None
+        if not template.strip():
+            raise ContrastError(f"{rule}: it is empty")
+        return cls(template)
 
     def check(self, tokenizer: Any) -> None:
         """Raise ContrastError unless there is a template to use, or none is to be."""
-        if self.template is None and not tokenizer.chat_template:
+        if self.template is None and not getattr(tokenizer, "chat_template", None):
+            name = getattr(tokenizer, "name_or_path", type(tokenizer).__name__)
             raise ContrastError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template (a base model?): "
+                f"{name}: the tokenizer has no chat template (a base model?): "
                 f"give --chat-template FILE, or --chat-template {PLAIN} for the text as it is"
             )
 
@@ -95,19 +99,14 @@ class Chat:
             said = " ".join(str(error).split())
             rule = f"the chat template does not take it: {said}"
             raise ContrastError(f"{example.where}: {rule}") from None
-        encoded = tokenizer(
-            text,
-            add_special_tokens=self.template == "",
-            return_offsets_mapping=example.has_answer,
-        )
-        ids: list[int] = encoded["input_ids"]
+        special = self.template == ""
+        ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not example.has_answer:
             return Tokens(ids, len(ids))
-        start = _answer(example, text)
-        offsets: Sequence[tuple[int, int]] = encoded["offset_mapping"]
+        before = tokenizer(text[: _answer(example, text)], add_special_tokens=special)["input_ids"]
         # A token that joins the question's last space and the answer's first word is the answer's.
-        answer = next((i for i, (_, end) in enumerate(offsets) if end > start), len(ids))
-        return Tokens(ids, answer)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
+        return Tokens(ids, sum(1 for _ in same))
 
 
 def _answer(example: Example, text: str) -> int:

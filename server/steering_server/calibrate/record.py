@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from steering_planes import Site
+from steering_planes import Selection, Site
 from steering_planes.calibration import Activations, CalibrationError
 from steering_planes.contrast import Contrast, Example
 from steering_planes.fingerprint import Fingerprint
@@ -51,10 +52,11 @@ def record(
     *,
     chat: Chat | None = None,
     token: Token = "last",
+    sites: Selection | None = None,
     engine: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Recorded:
-    """One activation of every example at every site of a model.
+    """One activation of every example at every site of a model; `sites` must be among them.
 
     Conversations go through the chat template with the generation prompt, or with their answer left
     open. The engine runs eagerly: a compiled graph calls no norm.
@@ -65,13 +67,17 @@ def record(
             template, before the model is loaded.
     """
     chat = chat or Chat()
-    arguments = {key: value for key, value in (engine or {}).items() if value is not None}
+    # Not "auto", which takes Mistral's own where it can: that has no chat template to show.
+    arguments: dict[str, Any] = {"tokenizer_mode": "hf"}
+    arguments |= {key: value for key, value in (engine or {}).items() if value is not None}
     _check_before(model, chat, arguments)
     if token != "last":
         # Tokens that the cache has are not computed, and only a prompt's last one always is.
         arguments["enable_prefix_caching"] = False
     with _engine(model, arguments) as llm:
         described: list[dict[str, Any]] = llm.collective_rpc("steering_record")
+        if sites is not None:
+            _check_sites(sites, described)
         tokenizer = llm.get_tokenizer()
         chat.check(tokenizer)
         prompts = [
@@ -102,9 +108,17 @@ def record(
         )
 
 
+def _check_sites(sites: Selection, described: Sequence[Mapping[str, Any]]) -> None:
+    """Whether the model has the sites that were chosen, before minutes of prompts."""
+    try:
+        sites.among({Site.parse(site) for worker in described for site in worker["sites"]})
+    except ValueError as error:
+        raise CalibrationError(str(error)) from None
+
+
 def _check_before(model: str, chat: Chat, engine: Mapping[str, Any]) -> None:
     """Whether there is a chat template, asked of a tokenizer alone, which takes no minutes."""
-    if chat.template is not None or engine.get("tokenizer_mode", "auto") not in ("auto", "hf"):
+    if engine["tokenizer_mode"] != "hf":
         return
     from transformers import AutoTokenizer
 
@@ -114,7 +128,9 @@ def _check_before(model: str, chat: Chat, engine: Mapping[str, Any]) -> None:
             revision=engine.get("tokenizer_revision") or engine.get("revision"),
             trust_remote_code=engine.get("trust_remote_code", False),
         )
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and not Path(model).exists():
+            raise ContrastError(f"{model}: can't be had: {error}") from None
         return  # vLLM may know more, and says what is wrong
     chat.check(tokenizer)
 

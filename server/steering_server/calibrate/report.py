@@ -4,6 +4,8 @@ asked for the activations themselves."""
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def page(measured: Measured) -> str:
     dropped = ", ".join(map(str, found.dropped))
     return _PAGE.format(
         name=measured.name,
-        separates=_verdict(found),
+        separates=_verdict(measured),
         where=f": {named(found.sites)}" if found.sites else "",
         next=_next(measured),
         figure=FIGURE,
@@ -83,26 +85,36 @@ def page(measured: Measured) -> str:
     )
 
 
+def is_page(file: Path) -> bool:
+    """Whether a file is such a report."""
+    text = file.read_text("utf-8", errors="replace")
+    return text.startswith("# How `") and "**Do the classes separate?**" in text
+
+
 def best(found: Calibration) -> float | None:
     """The greatest held-out AUROC of a selected site; None where none was measured."""
     return max((found.auroc[site] for site in found.sites if site in found.auroc), default=None)
 
 
-def _verdict(found: Calibration) -> str:
+def _verdict(measured: Measured) -> str:
+    found = measured.calibration
     if not found.auroc:
         return "Not measured: too few examples to hold any out."
     of = [site for site in found.sites or found.auroc if site in found.auroc]
     at = max(of, key=lambda site: found.auroc[site], default=None)
     if at is None:
         return "Not measured at the selected sites."
-    top, what = found.auroc[at], "selected ones" if found.sites else "sites"
-    said = (
-        f"{'Yes' if top >= SEPARATED else 'Hardly'}: of the {what} {at} does best, with a held-out "
-        f"AUROC of {top:.2f} (0.5 is chance)."
-    )
+    top, what = found.auroc[at], "selected sites" if found.sites else "sites"
+    middle = median(found.auroc[site] for site in of)
+    # The best of many sites is good by chance, too; half of them are not.
+    verdict = "Yes" if middle >= SEPARATED else "In part" if top >= SEPARATED else "Hardly"
     if found.options.direction == "random":
-        said += " The directions are random: this is a study's null."
-    return said
+        verdict = "Not asked, the directions are random, a study's null"
+    held = f"{_count(measured.positive) // HELD_OUT} and {_count(measured.negative) // HELD_OUT}"
+    return (
+        f"{verdict}: the held-out AUROC of the {what} is {middle:.2f} in the middle and {top:.2f} "
+        f"at best, at {at} (0.5 is chance; {held} examples were held out)."
+    )
 
 
 def _next(measured: Measured) -> str:
@@ -148,6 +160,8 @@ def _row(found: Calibration, site: Site) -> str:
     of = found.statistics[site]
     if found.options.sites is not None:
         why = "chosen by hand" if site in found.bases else "not chosen"
+    elif found.options.direction == "random":
+        why = "max_sim selects it" if site in found.bases else "max_sim does not"
     elif site in found.bases:
         why = "discriminates"
     elif of.mean_positive * of.mean_negative >= 0:

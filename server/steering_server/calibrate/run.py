@@ -102,6 +102,7 @@ def calibrate(
         contrast,
         chat=chat,
         token=token,
+        sites=options.sites,
         engine={"revision": revision, **(engine or {})},
         progress=progress,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -126,10 +128,15 @@ def calibrate(
     --tensor-parallel-size, --quantization, …). Exits 2 where the classes do not separate.
     """
     # Before the minutes of work, and again when the plane is saved.
-    force = force or _holds_a_report_only(output)
-    if output.exists() and not force:
+    overwrite = force or _holds_a_report_only(output)
+    if output.exists() and not overwrite:
         raise FileExistsError(f"{output}: exists; --force replaces it")
+    called = _name(name or output.resolve().name)
     which = _token(token)
+    if gate is not None and not math.isfinite(gate):
+        raise typer.BadParameter("must be a finite number", param_hint="--gate")
+    if not math.isfinite(margin):
+        raise typer.BadParameter("must be a finite number", param_hint="--margin")
     chosen = _sites(sites)
     contrast = _contrast(contrast_set, positive, negative, column, positive_label)
     if samples is not None:
@@ -157,7 +164,7 @@ def calibrate(
             found = find(
                 model,
                 contrast,
-                name=name or output.resolve().name,
+                name=called,
                 options=Options(direction, planes, granularity, margin, chosen, seed),
                 chat=Chat.of(chat_template),
                 token=which,
@@ -170,8 +177,8 @@ def calibrate(
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
     except NoPlaneError as error:
-        _write_report(output, error.measured, save_activations)
-        typer.echo(f"{output}: no plane, but a report of why", err=True)
+        folder = _write_report(output, error.measured, save_activations)
+        typer.echo(f"{folder}: no plane, but a report of why", err=True)
         raise
     _judge(found, force)
     found.plane.save(
@@ -182,7 +189,7 @@ def calibrate(
             None if measured is None else measured.read_text("utf-8"),
         ),
         beside=_beside(found, save_activations),
-        overwrite=force,
+        overwrite=overwrite,
     )
     typer.echo(
         f"{output}: plane {found.plane.name}, sites {', '.join(map(str, found.plane.sites))}"
@@ -220,8 +227,20 @@ def _contrast(
     if contrast_set is not None and positive is None and negative is None:
         return read_contrast(contrast_set, column=column, positive_label=positive_label)
     if contrast_set is None and positive is not None and negative is not None:
+        if positive_label is not None:
+            rule = "is of a --contrast-set with labels; two files are two classes already"
+            raise typer.BadParameter(rule, param_hint="--positive-label")
         return read_classes(positive, negative, column=column)
     raise typer.BadParameter("give --contrast-set, or --positive and --negative")
+
+
+def _name(text: str) -> str:
+    from steering_planes.artifact import NAME_PATTERN
+
+    if re.fullmatch(NAME_PATTERN, text) is None:
+        rule = f"{text!r}: a plane's name, as --name or the output's, must match {NAME_PATTERN}"
+        raise typer.BadParameter(rule, param_hint="--name")
+    return text
 
 
 def _token(text: str) -> Token:
@@ -246,7 +265,8 @@ def _holds_a_report_only(output: Path) -> bool:
     from steering_server.calibrate import report
 
     files = {file.name for file in output.iterdir()} if output.is_dir() else set()
-    return bool(files) and files <= {report.PAGE, report.FIGURE, report.ACTIVATIONS}
+    ours = {report.PAGE, report.FIGURE}
+    return ours <= files <= ours | {report.ACTIVATIONS} and report.is_page(output / report.PAGE)
 
 
 def _beside(measured: Measured, activations: bool) -> dict[str, bytes]:
@@ -256,16 +276,22 @@ def _beside(measured: Measured, activations: bool) -> dict[str, bytes]:
     return files | ({report.ACTIVATIONS: report.activations(measured)} if activations else {})
 
 
-def _write_report(output: Path, measured: Measured, activations: bool) -> None:
+def _write_report(output: Path, measured: Measured, activations: bool) -> Path:
+    """Where the plane would be, or, where there is something else, beside it."""
+    if output.exists() and not _holds_a_report_only(output):
+        output = output.with_name(f"{output.name}-report")
     output.mkdir(parents=True, exist_ok=True)
     for name, content in _beside(measured, activations).items():
         (output / name).write_bytes(content)
+    return output
 
 
 def _judge(found: Calibrated, force: bool) -> None:
     """Exit 2 where held-out examples say that the classes do not separate, unless forced."""
     from steering_server.calibrate.report import SEPARATED, best
 
+    if found.calibration.options.direction == "random":
+        return  # a null need not separate
     top = best(found.calibration)
     if top is None:
         typer.echo("warning: too few examples to hold any out: separation not measured", err=True)
@@ -274,7 +300,7 @@ def _judge(found: Calibrated, force: bool) -> None:
             f"the classes do not separate: the best selected site's held-out AUROC is {top:.2f}, "
             f"must be at least {SEPARATED}"
         )
-        if not force and found.calibration.options.direction != "random":
+        if not force:
             typer.echo(f"steering: error: {said}; --force keeps the plane", err=True)
             raise typer.Exit(2)
         typer.echo(f"warning: {said}", err=True)

@@ -39,9 +39,11 @@ class Recording:
 
     def __init__(self) -> None:
         self._spans: dict[str, tuple[int, int]] = {}
+        self._counts: Counter[str] = Counter()
         self._read: Tensor = torch.zeros(0, dtype=torch.int64)
-        self._owners: list[str] = []
-        self._kept: dict[Site, list[Tensor]] = {}
+        self._places: Tensor = torch.zeros(0, dtype=torch.int64)
+        self._parts: list[str] = []
+        self._sums: dict[Site, list[Tensor]] = {}
 
     def expect(self, request: str, params: SamplingParams | None, prompt: int) -> None:
         """A request's prompt, as many tokens long, will be run."""
@@ -60,25 +62,33 @@ class Recording:
         """
         starts = np.cumsum(scheduled) - scheduled
         rows: list[int] = []
+        places: list[int] = []
+        here: list[str] = []
         for request, start, count, before in zip(
             requests, starts.tolist(), scheduled.tolist(), computed.tolist(), strict=True
         ):
             # A prompt may come in several chunks, each with a part of the span.
             low, high = self._spans[request]
-            here = range(max(low, before), min(high, before + count))
-            rows += [start + position - before for position in here]
-            self._owners += [request] * len(here)
+            if tokens := range(max(low, before), min(high, before + count)):
+                rows += [start + position - before for position in tokens]
+                places += [len(here)] * len(tokens)
+                here.append(request)
+                self._counts[request] += len(tokens)
         self._read = torch.tensor(rows, dtype=torch.int64)
+        self._places = torch.tensor(places, dtype=torch.int64)
+        self._parts += here
 
     def watch(self, site: Site, norm: nn.Module) -> None:
-        """Keep ``norm``'s output at the rows of each step."""
+        """Keep the sums of ``norm``'s output over each step's rows, one a request."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             normed = output[0] if isinstance(output, tuple) else output
             if len(self._read):
                 tokens = normed.reshape(-1, normed.shape[-1])  # [T, d]
-                rows = tokens[self._read.to(tokens.device)]
-                self._kept.setdefault(site, []).append(rows.float().cpu())
+                rows = tokens[self._read.to(tokens.device)].double()
+                sums = rows.new_zeros(int(self._places[-1]) + 1, rows.shape[1])
+                sums.index_add_(0, self._places.to(tokens.device), rows)
+                self._sums.setdefault(site, []).append(sums.cpu())
 
         norm.register_forward_hook(hook)
 
@@ -88,17 +98,16 @@ class Recording:
 
         The order is the runner's own: V2 sorts a batch by its requests' numbers of tokens.
         """
-        counts = dict(Counter(self._owners))
+        counts = dict(self._counts)
         place = {request: row for row, request in enumerate(counts)}
-        owners = torch.tensor([place[request] for request in self._owners], dtype=torch.int64)
+        parts = torch.tensor([place[request] for request in self._parts], dtype=torch.int64)
         number = torch.tensor(list(counts.values()), dtype=torch.float64)
         means = {}
-        for site, parts in self._kept.items():
-            rows = torch.cat(parts)
-            total = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64)
-            total.index_add_(0, owners, rows.double())
+        for site, sums in self._sums.items():
+            total = torch.zeros(len(counts), sums[0].shape[1], dtype=torch.float64)
+            total.index_add_(0, parts, torch.cat(sums))
             means[site] = (total / number[:, None]).float()
-        self._spans, self._owners, self._kept = {}, [], {}
+        self._spans, self._counts, self._parts, self._sums = {}, Counter(), [], {}
         return counts, means
 
 
