@@ -119,7 +119,7 @@ class PlaneConfig(_Model):
     gate: float | None = None
     extraction: Extraction
     statistics: dict[str, dict[str, float]] = Field(default_factory=dict)
-    fingerprint: dict[str, Gain] | None = None
+    fingerprint: Annotated[dict[str, Gain], Field(min_length=1)] | None = None
 
     @field_validator("sites")
     @classmethod
@@ -130,7 +130,8 @@ class PlaneConfig(_Model):
 
     @model_validator(mode="after")
     def _sites_within_the_model(self) -> Self:
-        for site in (*self.sites, *map(Site.parse, self.statistics)):
+        described = (*self.statistics, *(self.fingerprint or ()))
+        for site in (*self.sites, *map(Site.parse, described)):
             if site.layer >= self.num_layers:
                 raise ValueError(f"site {site} is outside a model of {self.num_layers} layers")
         return self
@@ -350,16 +351,19 @@ class Plane:
     def check_weights(self, served: fingerprint.Fingerprint, dtype: torch.dtype) -> None:
         """Raise PlaneError unless the gains that a model was loaded with are the base model's.
 
-        Of a pipeline's stage, those that it has. A plane without a fingerprint passes.
+        Of a pipeline's stage, those that it has. A plane without a fingerprint passes: it goes by
+        its model's name.
         """
         half = dtype == torch.float16
         tolerance = fingerprint.HALF_TOLERANCE if half else fingerprint.TOLERANCE
-        apart = fingerprint.distance(self.config.fingerprint or {}, served)
-        if apart is not None and apart > tolerance:
+        if self.config.fingerprint is None or not served:
+            return  # a stage without norms
+        apart = fingerprint.distance(self.config.fingerprint, served)
+        if apart is None or apart > tolerance:
             raise PlaneError(
                 f"plane {self.name}",
                 "fingerprint",
-                f"{apart:.2g}",
+                "no norm in common" if apart is None else f"{apart:.2g}",
                 f"the served model's norms differ from those of "
                 f"{self.config.base_model_name_or_path}, the plane's base model, by more than "
                 f"{tolerance:.2g} of their size: another model or fine-tune, unless a "

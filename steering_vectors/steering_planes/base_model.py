@@ -7,17 +7,19 @@ of its checkpoint only the norms' own tensors are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from steering_planes import fingerprint
+from steering_planes.archive import reading
 from steering_planes.artifact import PlaneError
 from steering_planes.sites import NOT_THE_DECODER, Site, SitesNotFoundError, find_sites
 
@@ -32,28 +34,36 @@ class BaseModel:
     folder: Path
     config: Any
     """transformers' config of the text model."""
+    outer_type: str
+    """The whole model's type, which of a multimodal one is another."""
 
     @classmethod
     def open(cls, name_or_path: str) -> Self | None:
         """A folder with a config.json, or a repository in the Hub's cache; None where it is none.
 
         Raises:
-            PlaneError: a config that transformers does not read.
+            PlaneError: a config that transformers does not read, or only by running its code.
         """
         folder = _folder(name_or_path)
         if folder is None:
             return None
-        file = folder / "config.json"
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-            for field in ("model_type", "num_hidden_layers", "hidden_size"):
-                getattr(config, field)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            rule = f"transformers can't read it: {_first_line(error)}"
-            raise PlaneError(file, "config", folder.name, rule) from None
-        return cls(folder, config)
+        with _by_transformers(folder / "config.json"):
+            whole = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            config = whole.get_text_config()
+            int(config.num_hidden_layers), int(config.hidden_size), str(config.model_type)
+        return cls(folder, config, str(whole.model_type))
+
+    @property
+    def name(self) -> str:
+        """The public name: a cached repository's, else the folder's."""
+        for part in self.folder.absolute().parts:
+            if part.startswith("models--"):
+                return part.removeprefix("models--").replace("--", "/", 1)
+        return self.folder.resolve().name
 
     @property
     def model_type(self) -> str:
@@ -71,23 +81,15 @@ class BaseModel:
     def sites(self) -> tuple[Site, ...]:
         return tuple(self._norms)
 
+    def by_name(self) -> dict[str, Site]:
+        """Every norm's name, as `layers.3.input_layernorm`, and its site."""
+        return {name: site for site, (name, _) in self._norms.items()}
+
     @cached_property
     def _norms(self) -> Mapping[Site, tuple[str, nn.Module]]:
         """Every site's norm, without weights, and its name as `layers.3.input_layernorm`."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config)
-            modules = find_sites(model, self.num_layers)
-        except (ValueError, ImportError, AttributeError, SitesNotFoundError) as error:
-            rule = f"its norms can't be found: {_first_line(error)}"
-            raise PlaneError(self.folder, "base_model", self.model_type, rule) from None
-        names = {id(module): name for name, module in model.named_modules()}
-        return {
-            site: (".".join(names[id(norm)].split(".")[-3:]), norm)
-            for site, norm in modules.items()
-        }
+        with _by_transformers(self.folder / "config.json"):
+            return _norms_of(self.config)
 
     @cached_property
     def weights(self) -> Mapping[Site, Mapping[str, Tensor]]:
@@ -99,12 +101,16 @@ class BaseModel:
         keys = self._keys()
         found: dict[Site, dict[str, Tensor]] = {}
         for site, (name, norm) in self._norms.items():
-            for parameter, _ in norm.named_parameters(recurse=False):
+            for parameter, meta in norm.named_parameters(recurse=False):
                 key = _ending(keys, f"{name}.{parameter}")
                 if key is None:
                     rule = f"has no {name}.{parameter}: is this the model's checkpoint?"
                     raise PlaneError(self.folder, "weights", str(site), rule)
-                found.setdefault(site, {})[parameter] = self._tensor(keys[key], key)
+                tensor = self._tensor(keys[key], key)
+                if tensor.shape != meta.shape:
+                    rule = f"must be {list(meta.shape)}, as its config says"
+                    raise PlaneError(keys[key], f"{key}.shape", list(tensor.shape), rule)
+                found.setdefault(site, {})[parameter] = tensor
         return found
 
     def through(self, site: Site, directions: Tensor) -> Tensor:
@@ -142,7 +148,8 @@ class BaseModel:
         _, norm = self._norms[site]
         if any(parameter.is_meta for parameter in norm.parameters()):
             tensors = {name: t.float() for name, t in self.weights.get(site, {}).items()}
-            norm.to_empty(device="cpu").float().load_state_dict(tensors, strict=False)
+            with reading(self.folder, "a checkpoint of this config", str(site)):
+                norm.to_empty(device="cpu").float().load_state_dict(tensors, strict=False)
         return norm
 
     def _files(self) -> list[Path]:
@@ -164,35 +171,74 @@ class BaseModel:
             raise PlaneError(self.folder, "weights", self.folder.name, rule)
         keys: dict[str, Path] = {}
         for file in files:
-            with _opened(file) as opened:
+            with reading(file, "a whole safetensors file"), _opened(file) as opened:
                 keys |= dict.fromkeys(opened.keys(), file)
         return keys
 
     def _tensor(self, file: Path, key: str) -> Tensor:
-        with _opened(file) as opened:
+        with reading(file, "a whole safetensors file", key), _opened(file) as opened:
             tensor: Tensor = opened.get_tensor(key)
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise PlaneError(file, key, tensor.dtype, "must be finite numbers")
+            if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+                raise TypeError("must be finite numbers")
         return tensor
 
 
-def _opened(file: Path) -> Any:
+@contextmanager
+def _by_transformers(file: Path) -> Iterator[None]:
+    """One line for whatever transformers says to a config."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise PlaneError(file, "file", file.name, f"can't be read: {_first_line(error)}") from None
+        with reading(file, "the config of a model that transformers knows", "config"):
+            yield
+    except (ImportError, StrictDataclassError, SitesNotFoundError) as error:
+        rule = f"must be the config of a model that transformers knows: {_first_line(error)}"
+        raise PlaneError(file, "config", file.name, rule) from None
+
+
+def _norms_of(config: Any) -> dict[Site, tuple[str, nn.Module]]:
+    """Of a model that is built without weights; raises what transformers raises."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError:  # a text model that is only ever a part of another
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    names = {id(module): name for name, module in model.named_modules()}
+    return {
+        site: (".".join(["", *names[id(norm)].split(".")][-3:]).lstrip("."), norm)
+        for site, norm in find_sites(model, int(config.num_hidden_layers)).items()
+    }
+
+
+@lru_cache
+def norms_of_type(model_type: str) -> Mapping[str, str]:
+    """Norm's name -> role of a type of model, by transformers; empty for one it doesn't know."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model_type]().get_text_config()
+        return {name.split(".")[-1]: site.role for site, (name, _) in _norms_of(config).items()}
+    except (KeyError, ValueError, ImportError, AttributeError, TypeError, RuntimeError):
+        return {}
+
+
+def _opened(file: Path) -> Any:
+    return safe_open(file, framework="pt")
 
 
 def _folder(name_or_path: str) -> Path | None:
-    if (path := Path(name_or_path).expanduser()).is_dir():
-        return path if (path / "config.json").exists() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir():
+            return path if (path / "config.json").exists() else None
         cached = try_to_load_from_cache(name_or_path, "config.json")
-    except HFValidationError:
-        return None
+    except (HFValidationError, OSError, RuntimeError, ValueError):
+        return None  # no name of a file or of a repository
     return Path(cached).parent if isinstance(cached, str) else None
 
 

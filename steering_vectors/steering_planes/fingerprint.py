@@ -64,6 +64,8 @@ def distance(one: Fingerprint, other: Fingerprint) -> float | None:
         for site in sites
         for a, b in zip(one[site][1:], other[site][1:], strict=True)
     )
+    if not apart:
+        return 0.0
     return math.sqrt(apart / size) if size else math.inf
 
 

@@ -12,6 +12,11 @@ from steering_planes.artifact import CONFIG_FILE, TENSORS_FILE, Plane, PlaneErro
 
 SCHEME = "hf://"
 
+SUFFIXES = (".gguf", ".json", ".npy", ".pt", ".pth", ".safetensors", ".svec")
+"""Of the files that planes and vectors are published in."""
+
+COMPANIONS = ("config.json", "metadata.json", "cfg.json")
+
 
 @dataclass(frozen=True)
 class Address:
@@ -91,7 +96,14 @@ def fetch(location: str | Path) -> Path:
     if not str(location).startswith(SCHEME):
         return Path(location)
     address = Address.parse(str(location))
-    patterns = [address.path, f"{address.path}/*"] if address.path else ["*"]
+    if not address.path:
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
+    elif Path(address.path).suffix:
+        # What lies beside a file says what is in it.
+        beside = [str(Path(address.path).with_name(name)) for name in COMPANIONS]
+        patterns = [address.path, *beside]
+    else:
+        patterns = [f"{address.path}/*"]
     found = address.download(patterns)
     if not found.exists():
         rule = f"is not in {address.repository}, or not in the Hub's cache"

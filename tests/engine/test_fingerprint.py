@@ -100,6 +100,8 @@ def test_a_plane_without_a_fingerprint_goes_by_name_and_the_log_says_so(
     )
     assert Plane.load(bare).config.fingerprint is None
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # Whatever level another test's command has set.
+    caplog.set_level(logging.INFO, logger="vllm")
     start(model, bare)
     assert "Plane mood has no fingerprint of its base model's weights: it goes by" in caplog.text
     renamed = variant(model, tmp_path / "another-name", lambda name, tensor: tensor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 # Not in a function: typer reads the annotations.
-from steering_planes.artifact import Mode
+from steering_planes.artifact import Mode, PlaneError
 from steering_planes.sites import named
 
 if TYPE_CHECKING:
@@ -94,7 +94,13 @@ def import_plane(
         experiment=experiment,
         residual_rms=residual_rms,
     )
-    plane.save(output, overwrite=force)
+    try:
+        plane.save(output, overwrite=force)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        rule = error.strerror or str(error)
+        raise PlaneError(output, "output", output.name, f"can't be written: {rule}") from None
     config = plane.config
     typer.echo(
         f"{output}: plane {config.name} for {config.base_model_name_or_path}, "

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from steering_planes.archive import rows
 from steering_planes.artifact import PlaneError
-from steering_planes.formats.archive import rows
-from steering_planes.formats.modules import module_sites
+from steering_planes.formats.modules import check_modules
 from steering_planes.formats.source import Bases, Facts
 
 _AXES = ("first_direction", "second_direction")
@@ -22,9 +22,9 @@ def read_angular(file: Path, directions: Any) -> Bases:
     ):
         rule = "must be {module: {first_direction, second_direction}}"
         raise PlaneError(file, "file", type(directions).__name__, rule)
-    sites = module_sites(file, directions)
-    by_site = {}
-    for module, site in sites.items():
+    check_modules(file, directions)
+    by_module = {}
+    for module in directions:
         pair = []
         for axis in _AXES:
             if axis not in directions[module]:
@@ -33,5 +33,11 @@ def read_angular(file: Path, directions: Any) -> Bases:
             if pair[-1].shape != (1, pair[0].shape[1]):
                 rule = f"must be [{pair[0].shape[1]}]"
                 raise PlaneError(file, f"{module}.{axis}.shape", list(pair[-1].shape), rule)
-        by_site[site] = torch.cat(pair)
-    return Bases(Facts(file=file, method="imported from Angular Steering", data=file.name), by_site)
+        by_module[module] = torch.cat(pair)
+    facts = Facts(
+        file=file,
+        method="imported from Angular Steering",
+        data=file.name,
+        default_mode="rotate_to",
+    )
+    return Bases(facts, by_module)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steering_planes.archive import rows
 from steering_planes.artifact import PlaneError
-from steering_planes.formats.archive import rows
 from steering_planes.formats.source import Directions, Facts
 from steering_planes.formats.vectors import Asked
 
@@ -23,6 +23,8 @@ def is_capping(loaded: Any) -> bool:
 
 def read_capping(file: Path, loaded: Mapping[str, Any], asked: Asked) -> Directions:
     """One experiment's directions and caps; raises PlaneError."""
+    if asked.rows:
+        raise PlaneError(file, "row", list(asked.rows), "an experiment has one direction a layer")
     vectors, experiments = loaded["vectors"], loaded["experiments"]
     if not isinstance(vectors, dict) or not isinstance(experiments, list):
         raise PlaneError(file, "experiments", None, "must be a list, beside a mapping of vectors")

@@ -25,6 +25,7 @@ from steering_planes.artifact import (
 from steering_planes.base_model import RESIDUAL_ROLES, BaseModel
 from steering_planes.calibration import CalibrationError, first_component
 from steering_planes.formats.layouts import read
+from steering_planes.formats.modules import module_sites
 from steering_planes.formats.source import Bases, Directions, Facts, Index, Space
 from steering_planes.formats.vectors import Asked
 from steering_planes.geometry import orthonormalise
@@ -84,17 +85,19 @@ def import_plane(
     facts = first.facts
     model = _model(facts, base_model, opened, model_type, num_layers)
     caps: Mapping[Site, float] = {}
+    _check_used(first, asked, residual_rms)
     if isinstance(first, Bases):
         if len(found) != 1:
-            raise PlaneError(
-                facts.file, "sources", len(found), "a plane has both axes: name it alone"
-            )
-        chosen = _selected(first, selection)
-        bases = {site: _basis(facts.file, site, first.by_site[site]) for site in chosen}
+            rule = "a plane has both axes: name it alone"
+            raise PlaneError(facts.file, "sources", len(found), rule)
+        bases = _from_bases(first, selection, model)
     else:
         directions = [each for each in found if isinstance(each, Directions)]
         if len(directions) != len(found) or len(found) > 2:
             rule = "must be one, or two of one direction a layer"
+            raise PlaneError(facts.file, "sources", len(found), rule)
+        if len(found) == 2 and any(each.caps for each in directions):
+            rule = "caps are along one direction: name capping_config.pt alone"
             raise PlaneError(facts.file, "sources", len(found), rule)
         bases, lengths = _from_directions(directions, selection, model)
         caps = _caps(first, lengths, residual_rms)
@@ -117,6 +120,8 @@ def _model(
         rule = "the source names no model: give --base-model"
         raise PlaneError(facts.file, "base_model", None, rule)
     opened = opened or BaseModel.open(wanted)
+    if facts.model_type is not None and model_type not in (None, facts.model_type):
+        raise PlaneError(facts.file, "model_type", facts.model_type, f"must be {model_type!r}")
     told = {"model_type": model_type, "num_layers": num_layers}
     if opened is None:
         for field, value in told.items():
@@ -129,13 +134,18 @@ def _model(
         assert model_type is not None
         assert num_layers is not None
         return _Model(wanted, model_type, num_layers, None)
-    for field, value in (*told.items(), ("model_type", facts.model_type)):
-        if value not in (None, getattr(opened, field)):
-            rule = f"must be {getattr(opened, field)!r}, as {opened.folder}/config.json says"
+    types = dict.fromkeys((opened.model_type, opened.outer_type))
+    for field, value, own in (
+        ("num_layers", num_layers, [opened.num_layers]),
+        ("model_type", model_type, [*types]),
+        ("model_type", facts.model_type, [*types]),
+    ):
+        if value is not None and value not in own:
+            rule = f"must be {' or '.join(map(repr, own))}, as {opened.folder}/config.json says"
             raise PlaneError(facts.file, field, value, rule)
     # A folder's own name says less than the source does.
     if base_model is not None and Path(base_model).expanduser().is_dir():
-        wanted = facts.base_model or opened.folder.resolve().name
+        wanted = facts.base_model or opened.name
     return _Model(wanted, opened.model_type, opened.num_layers, opened)
 
 
@@ -146,15 +156,32 @@ def _parsed(source: str | Path, sites: str | None) -> Selection | None:
         raise PlaneError(source, "sites", sites, str(error)) from None
 
 
-def _selected(found: Bases, selection: Selection | None) -> tuple[Site, ...]:
-    if selection is None:
-        if not found.selected:
-            rule = (
-                f"{found.unselected}: name the sites to steer (--sites), of {named(found.by_site)}"
-            )
-            raise PlaneError(found.facts.file, "sites", None, rule)
-        return found.selected
-    return _among(found.facts.file, selection, found.by_site)
+def _check_used(found: Bases | Directions, asked: Asked, residual_rms: float | None) -> None:
+    """Raise PlaneError for what was said and is of no use to such a source."""
+    useless: dict[str, object] = {"experiment": asked.experiment, "residual_rms": residual_rms}
+    if isinstance(found, Bases):
+        useless |= {"index": asked.index, "space": asked.space, "row": asked.rows or None}
+    elif found.caps:
+        useless = {}
+    if isinstance(found, Directions) and found.space == "norm":
+        useless["index"] = asked.index
+    for field, value in useless.items():
+        if value is not None:
+            raise PlaneError(found.facts.file, field, value, "says nothing of such a source")
+
+
+def _from_bases(found: Bases, selection: Selection | None, model: _Model) -> dict[Site, Tensor]:
+    file = found.facts.file
+    sites = module_sites(file, found.by_module, model.base, model.model_type)
+    by_site = {site: found.by_module[module] for module, site in sites.items()}
+    if selection is not None:
+        chosen = _among(file, selection, by_site)
+    elif found.selected:
+        chosen = tuple(sorted({sites[module] for module in found.selected}))
+    else:
+        rule = f"{found.unselected}: name the sites to steer (--sites), of {named(by_site)}"
+        raise PlaneError(file, "sites", None, rule)
+    return {site: _basis(file, site, by_site[site]) for site in chosen}
 
 
 def _among(
@@ -179,11 +206,20 @@ def _from_directions(
         if each.hidden_size != wanted:
             rule = f"must be {wanted}, as of {model.name}"
             raise PlaneError(each.facts.file, "hidden_size", each.hidden_size, rule)
+        most = model.num_layers - (0 if each.index == "hidden-states" else 1)
+        if beyond := [i for i in each.by_index if i is not None and i > most]:
+            rule = f"must be at most {most}, of a model of {model.num_layers} layers"
+            raise PlaneError(each.facts.file, "layer", min(beyond), rule)
     readable = _readable(found, selection, model)
     if selection is not None:
         chosen = _among(file, selection, readable)
     elif all(each.steers_all for each in found):
         chosen = _own_layers(found, readable)
+        if lost := [str(i) for i in found[0].caps if not _is_read(found[0], i, chosen)]:
+            rule = (
+                f"no site reads block {', '.join(lost)}'s output: name the sites to cap (--sites)"
+            )
+            raise PlaneError(file, "sites", None, rule)
     else:
         rule = f"this format selects none: name the sites to steer (--sites), of {named(readable)}"
         raise PlaneError(file, "sites", None, rule)
@@ -269,6 +305,10 @@ def _number(found: Directions, site: Site) -> int | None:
     return number
 
 
+def _is_read(found: Directions, number: int, sites: Sequence[Site]) -> bool:
+    return any(_number(found, site) == number for site in sites)
+
+
 def _own_layers(found: Sequence[Directions], readable: Sequence[Site]) -> tuple[Site, ...]:
     """The sites that read the stream right where the sources changed it."""
 
@@ -327,9 +367,6 @@ def _plane(
         if width != model.base.hidden_size:
             rule = f"must be {model.base.hidden_size}, as of {model.name}"
             raise PlaneError(facts.file, "hidden_size", width, rule)
-        if unknown := bases.keys() - set(model.base.sites):
-            rule = f"must be among those of {model.name}: {named(model.base.sites)}"
-            raise PlaneError(facts.file, "sites", named(unknown), rule)
     mode = default_mode or facts.default_mode or "rotate_by"
     own = mode == facts.default_mode
     try:
@@ -347,13 +384,16 @@ def _plane(
             gate=facts.gate,
             extraction=Extraction(method=facts.method, data=facts.data, n=facts.n),
             fingerprint=(
-                model.base.fingerprint() if model.base and model.base.has_weights else None
+                (model.base.fingerprint() or None)
+                if model.base and model.base.has_weights
+                else None
             ),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "config"
-        raise PlaneError(facts.file, field, first["input"], first["msg"]) from None
+        value = first["input"] if first["loc"] else None
+        raise PlaneError(facts.file, field, value, first["msg"]) from None
     # A cap's classes are the cap itself and nothing at all: strength 1 is as published.
     means = {
         site: ClassMeans((cap, 0.0), (0.0, 0.0), rho=abs(cap) or 1.0) for site, cap in caps.items()

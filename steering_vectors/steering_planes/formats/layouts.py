@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steering_planes.archive import numpy_file, torch_archive
 from steering_planes.artifact import CONFIG_FILE, TENSORS_FILE, PlaneError
 from steering_planes.formats.angular import read_angular
-from steering_planes.formats.archive import numpy_file, torch_archive
 from steering_planes.formats.capping import is_capping, read_capping
 from steering_planes.formats.selective import read_selective
 from steering_planes.formats.source import Bases, Directions
@@ -22,6 +22,7 @@ from steering_planes.formats.vectors import (
     read_svec,
     read_torch,
 )
+from steering_planes.hub import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ def read(path: Path, asked: Asked) -> Bases | Directions:
     Raises:
         PlaneError: a layout that is none of `LAYOUTS`, or one that is broken.
     """
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise PlaneError(str(path)[:80], "file", path.name, str(error)) from None
+    if is_folder:
         return _read_folder(path, asked)
-    if path.name in ("plane.pt", "directions.pt"):
+    if path.name == "plane.pt":
         return read_selective(path.parent)
     match path.suffix.lower():
         case ".gguf":
@@ -97,7 +102,7 @@ def _read_folder(folder: Path, asked: Asked) -> Bases | Directions:
         return read_sae(sae, asked)
     if files := sorted(folder.glob("vec_layer_*.pt")):
         return read_caa(folder, files, asked)
-    suffixes = (".gguf", ".npy", ".pt", ".pth", ".safetensors", ".svec")
+    suffixes = set(SUFFIXES) - {".json"}
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
     if len(files) == 1:
         return read(files[0], asked)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering_planes.archive import optional_json, rows, torch_archive
 from steering_planes.artifact import PlaneError
-from steering_planes.formats.archive import optional_json, rows, torch_archive
-from steering_planes.formats.modules import module_sites
+from steering_planes.formats.modules import check_modules
 from steering_planes.formats.source import Bases, Facts
-from steering_planes.sites import Site
 
 _ABSOLUTE = ("standard", "adaptive")
 
@@ -35,7 +34,7 @@ def read_selective(folder: Path) -> Bases:
     basis = _basis(file, plane)
     config = optional_json(folder / "config.json")
     steering = _section(folder / "config.json", config, "steering")
-    mode = steering.get("mode") or plane.get("plane_type")
+    mode = _mode(folder, plane, steering)
     modules, selected, why = _selection(file, plane, mode)
     metadata = optional_json(folder / "metadata.json")
     n = metadata.get("harmful_samples")
@@ -74,34 +73,44 @@ def _basis(file: Path, plane: Mapping[str, Any]) -> Tensor:
 
 def _selection(
     file: Path, plane: Mapping[str, Any], mode: Any
-) -> tuple[tuple[Site, ...], tuple[Site, ...] | None, str]:
-    """(all sites that it names, the selected ones, why there are none)."""
+) -> tuple[list[str], tuple[str, ...] | None, str]:
+    """(all modules that it names, the selected ones, why there are none)."""
     extra = _section(file, plane, "extra_info")
     mask = _section(file, extra, "layer_steering_mask")
-    targets = extra.get("target_layers") or []
-    if not isinstance(targets, list | tuple):
+    targets = extra.get("target_layers")
+    if targets is not None and not isinstance(targets, list | tuple):
         raise PlaneError(file, "target_layers", type(targets).__name__, "must be a list")
-    names = [*mask, *targets, *_section(file, plane, "projections")]
-    sites = module_sites(file, names)
-    every = tuple(sorted(set(sites.values())))
+    projections = list(_section(file, plane, "projections"))
+    modules = list(dict.fromkeys((*mask, *(targets or ()), *projections)))
+    check_modules(file, modules)
     if any(value is True for value in mask.values()):
-        return every, tuple(sorted(sites[name] for name, on in mask.items() if on is True)), ""
+        return modules, tuple(name for name, on in mask.items() if on is True), ""
     if not mask and mode in _ABSOLUTE:
-        steered = targets or list(_section(file, plane, "projections"))
-        return every, tuple(sorted({sites[name] for name in steered})), ""
+        return modules, tuple(targets or projections), ""
     # An old bug of such artifacts' readers: no mask meant every layer.
-    return every, None, f"layer_steering_mask is missing or selects nothing, and mode is {mode!r}"
+    return modules, None, f"layer_steering_mask is missing or selects nothing, and mode is {mode!r}"
+
+
+def _mode(folder: Path, plane: Mapping[str, Any], steering: Mapping[str, Any]) -> Any:
+    """config.json's: some plane.pt say "adaptive" whatever they are."""
+    mode, kind = steering.get("mode"), plane.get("plane_type")
+    if mode is None and kind in _ABSOLUTE:
+        rule = "says the mode and its threshold, and is missing beside plane.pt"
+        raise PlaneError(folder / "config.json", "steering.mode", None, rule)
+    return mode or kind
 
 
 def _threshold(folder: Path, steering: Mapping[str, Any]) -> float:
-    value = steering.get("threshold", 0.0)
+    value = steering.get("threshold")
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise PlaneError(folder / "config.json", "steering.threshold", value, "must be a number")
     return float(value)
 
 
 def _section(file: Path, of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = of.get(key) or {}
+    value = of.get(key)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise PlaneError(file, key, type(value).__name__, "must be a mapping")
     return value

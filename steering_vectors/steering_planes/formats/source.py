@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor
 
 from steering_planes.artifact import Mode
-from steering_planes.sites import Site
 
 Index = Literal["block-output", "hidden-states"]
 """What a number of a direction counts: `i` is what block i puts out, which layer i + 1 reads; or
@@ -46,14 +45,14 @@ class Facts:
 class Bases:
     """Two directions at each of some norms' outputs.
 
-    by_site: [2, d] float64 of every site that the source knows.
+    by_module: [2, d] float64 of every norm that the source names (`layers.3.input_layernorm`).
     selected: those that it steers; None where it does not say.
     unselected: why it does not say, for the error.
     """
 
     facts: Facts
-    by_site: Mapping[Site, Tensor]
-    selected: tuple[Site, ...] | None = None
+    by_module: Mapping[str, Tensor]
+    selected: tuple[str, ...] | None = None
     unselected: str = "this format selects none"
 
 

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering_planes.artifact import PlaneError
-from steering_planes.formats.archive import (
+from steering_planes.archive import (
     gguf_file,
     json_file,
     optional_json,
     rows,
     safetensors_file,
 )
+from steering_planes.artifact import PlaneError
 from steering_planes.formats.source import Directions, Facts, Index, Space
 
 _CAA = re.compile(r"vec_layer_(\d{1,5})(?:_.*)?\.pt", re.ASCII)
+# A number, or a block's name; what names a part of a block is none.
 _NUMBERED = re.compile(
-    r"(?:.*\.)?(?:directions?|layers?|blocks?|vectors?|h)?[._]?(\d{1,5})(?:\.\w+)?", re.ASCII
+    r"(?:(?:model\.|transformer\.)?(?:directions?|layers?|blocks?|vectors?|h)[._]?)?(\d{1,5})",
+    re.ASCII,
 )
 
 _HOOK = re.compile(r"blocks\.(\d{1,5})\.(\w+(?:\.\w+)?)|(?:.*\.)?layers\.(\d{1,5})", re.ASCII)
@@ -54,7 +56,7 @@ def read_gguf(file: Path, asked: Asked) -> Directions:
         raise PlaneError(file, "general.architecture", found.architecture, rule)
     by_index = {}
     for name, tensor in found.tensors.items():
-        if match := re.fullmatch(r"direction\.(\d{1,5})", name, re.ASCII):
+        if match := re.fullmatch(r"direction\.(0|[1-9]\d{0,4})", name, re.ASCII):
             by_index[int(match[1])] = _one(file, name, tensor.reshape(-1))
     if not by_index:
         rule = "must be direction.<layer> tensors of floats"
@@ -79,29 +81,34 @@ def read_torch(file: Path, loaded: Any, asked: Asked) -> Directions:
         found = loaded.get("layer_activations", loaded)
         if not isinstance(found, dict):
             raise PlaneError(file, "layer_activations", type(found).__name__, "must be a mapping")
-        by_index = {_layer(file, key): rows(file, str(key), v) for key, v in found.items()}
+        if (kind := loaded.get("layer_type", "decoder_block")) != "decoder_block":
+            rule = "must be decoder_block: other directions are not of the residual stream"
+            raise PlaneError(file, "layer_type", kind, rule)
+        by_index = _numbered(file, "", found)
         return _by_layer(by_index, facts, asked, index="block-output")
     if isinstance(loaded, list | tuple) and loaded:
         each = [_one(file, f"[{i}]", value) for i, value in enumerate(loaded)]
         _check_alike(file, dict(enumerate(each)))
         loaded = torch.cat(each)
     directions = rows(file, "tensor", loaded)
-    if len(directions) > 1 or loaded.ndim == 2:
+    if len(directions) > 1:
         return _stack(file, directions, facts, asked)
+    if asked.rows:
+        raise PlaneError(file, "row", list(asked.rows), "there is one direction alone")
     if match := _CAA.fullmatch(file.name):
-        found = _by_layer({int(match[1]): directions}, facts, asked, index="block-output")
-        return replace(found, steers_all=True)
+        return _by_layer({int(match[1]): directions}, facts, asked, index="block-output")
     return _directions({None: directions}, facts, asked)
 
 
 def read_caa(folder: Path, files: list[Path], asked: Asked) -> Directions:
     """CAA's folder: `vec_layer_<L>_<model>.pt`, the output of block L, a file each."""
-    from steering_planes.formats.archive import torch_archive
+    from steering_planes.archive import torch_archive
 
     by_index: dict[int, Tensor] = {}
     for file in files:
         match = _CAA.fullmatch(file.name)
-        assert match is not None
+        if match is None:
+            raise PlaneError(folder, "file", file.name, "must be vec_layer_<number>_<model>.pt")
         if (layer := int(match[1])) in by_index:
             rule = f"a second vector of layer {layer}: name one file, or a folder of one model's"
             raise PlaneError(folder, "file", file.name, rule)
@@ -117,7 +124,7 @@ def read_svec(file: Path, asked: Asked) -> Directions:
     directions = found.get("directions") if isinstance(found, dict) else None
     if not isinstance(directions, dict) or not directions:
         raise PlaneError(file, "directions", None, "must be {layer: numbers}")
-    by_index = {_layer(file, k): rows(file, f"directions.{k}", v) for k, v in directions.items()}
+    by_index = _numbered(file, "directions.", directions)
     kind = found.get("model_type")
     facts = Facts(
         file=file,
@@ -140,16 +147,7 @@ def read_safetensors(file: Path, asked: Asked) -> Directions:
         (name,) = found.shapes
         if _NUMBERED.fullmatch(name) is None:
             return read_torch(file, found.tensor(name), asked)
-    by_index: dict[int, Tensor] = {}
-    for name in sorted(found.shapes):
-        if (match := _NUMBERED.fullmatch(name)) is None:
-            rule = "must end in a layer's number, or be the only tensor, or W_dec"
-            raise PlaneError(file, "tensor", name, rule)
-        if (layer := int(match[1])) in by_index:
-            raise PlaneError(file, "tensor", name, f"is a second one of layer {layer}")
-        by_index[layer] = rows(file, name, found.tensor(name))
-    if not by_index:
-        raise PlaneError(file, "tensors", None, "there are none")
+    by_index = _numbered(file, "", {name: found.tensor(name) for name in sorted(found.shapes)})
     return _by_layer(by_index, facts, asked, index="block-output")
 
 
@@ -165,6 +163,9 @@ def read_sae(file: Path, asked: Asked) -> Directions:
     _check_rows(file, asked.rows, shape[0])
     directions = torch.cat([_one(file, f"W_dec.{r}", found.row("W_dec", r)) for r in asked.rows])
     config = optional_json(file.parent / "cfg.json")
+    if not config and (asked.space is None or asked.index is None):
+        rule = "names the hook, and is missing: say with --space and --index where directions live"
+        raise PlaneError(file.parent / "cfg.json", "hook_name", None, rule)
     more = config.get("metadata")
     hook = config.get("hook_name") or (more.get("hook_name") if isinstance(more, dict) else None)
     facts = Facts(
@@ -173,8 +174,7 @@ def read_sae(file: Path, asked: Asked) -> Directions:
         data=f"{file.parent.name}/{file.name}" + (f", {hook}" if hook else ""),
     )
     layer, index, space = _hook(file.parent / "cfg.json", hook, asked)
-    told = _directions({layer: directions}, facts, asked, index=index, space=space)
-    return replace(told, steers_all=layer is not None)
+    return _directions({layer: directions}, facts, asked, index=index, space=space)
 
 
 def _hook(file: Path, hook: Any, asked: Asked) -> tuple[int | None, Index | None, Space | None]:
@@ -188,10 +188,13 @@ def _hook(file: Path, hook: Any, asked: Asked) -> tuple[int | None, Index | None
     layer, place = int(match[1]), match[2]
     if place == "hook_resid_post":
         return layer, "block-output", "residual"
-    if place in ("hook_resid_pre", "hook_resid_mid"):
+    if place == "hook_resid_pre":
         return layer, "hidden-states", "residual"
     if asked.space is None or asked.index is None:
-        rule = "is not the residual stream: say with --space and --index where its directions live"
+        rule = (
+            "is not the residual stream between blocks: say with --space and --index where its "
+            "directions are to be read"
+        )
         raise PlaneError(file, "hook_name", hook, rule)
     return layer, None, None
 
@@ -244,7 +247,14 @@ def _directions(
     space: Space | None = None,
 ) -> Directions:
     """With what the user says before what the layout says."""
-    return Directions(facts, by_index, asked.index or index, asked.space or space or "residual")
+    return Directions(
+        facts,
+        by_index,
+        asked.index or index,
+        asked.space or space or "residual",
+        # Of one layer alone there is nothing to choose.
+        steers_all=len(by_index) == 1 and None not in by_index,
+    )
 
 
 def _check_rows(file: Path, asked: tuple[int, ...], k: int) -> None:
@@ -272,9 +282,19 @@ def _one(file: Path, field: str, value: Any) -> Tensor:
     return found
 
 
+def _numbered(file: Path, place: str, by_key: Mapping[Any, Any]) -> dict[int, Tensor]:
+    """Directions by their layer, each of which has one key."""
+    by_index: dict[int, Tensor] = {}
+    for key, value in by_key.items():
+        if (layer := _layer(file, key)) in by_index:
+            raise PlaneError(file, f"{place}{key}", layer, "is a second one of that layer")
+        by_index[layer] = rows(file, f"{place}{key}", value)
+    return by_index
+
+
 def _layer(file: Path, key: Any) -> int:
     if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 100_000:
         return key
     if isinstance(key, str) and (match := _NUMBERED.fullmatch(key)):
         return int(match[1])
-    raise PlaneError(file, "layer", key, "must be a layer's number")
+    raise PlaneError(file, "layer", key, "must be a layer's number, as 12, layer_12 or layers.12")

@@ -168,7 +168,8 @@ NEEDS_MORE: dict[str, tuple[Mapping[str, Any], str]] = {
     "EasySteer, raw": ({"sites": None}, "selects none"),
     "EasySteer": ({"sites": "0"}, "layer 0 is not among 1-3.attn_in"),
     "assistant axis, capping": ({"experiment": None}, "experiment=None: must be one of layers_1:3"),
-    "IBM activation-steering": ({"model_type": "qwen2"}, "model_type=qwen2: must be 'llama', as"),
+    "IBM activation-steering": ({"model_type": "qwen2"}, "model_type=llama: must be 'qwen2'"),
+    "CAA": ({"model_type": "qwen2"}, "model_type=qwen2: must be 'llama', as"),
     "hotwire": ({"num_layers": 3}, "num_layers=3: must be 4, as"),
 }
 
@@ -392,3 +393,148 @@ def test_variants_of_a_published_plane(tmp_path: Path) -> None:
     for basis in ({"b1": b1, "b2": b2}, (b1[None], b2[None])):
         again = import_plane([variant(basis=basis)], name="refusal", **told)
         assert all(torch.equal(again.bases[site], whole.bases[site]) for site in whole.sites)
+
+
+# What a file's own words mean.
+
+
+def test_a_part_of_a_block_is_no_block(llama: Any, tmp_path: Path) -> None:
+    """Outputs of norms, of sublayers, and hooks before a block are not what a block puts out."""
+    one, other = published.directions(2)
+    for key in (
+        "model.layers.1.input_layernorm",
+        "blocks.1.hook_resid_pre",
+        "model.layers.1.self_attn",
+        "layers.1.mlp.down_proj",
+        "hidden_states.1",
+    ):
+        torch.save({key: one}, tmp_path / "v.pt")
+        with pytest.raises(PlaneError, match=r"layer=.*: must be a layer's number"):
+            import_plane([tmp_path / "v.pt"], name="p", base_model=str(llama.folder), sites="2")
+    for keys in ((1, "1"), ("layers.1", "model.layers.1")):
+        torch.save(dict(zip(keys, (one, other), strict=True)), tmp_path / "v.pt")
+        with pytest.raises(PlaneError, match="is a second one of that layer"):
+            import_plane([tmp_path / "v.pt"], name="p", base_model=str(llama.folder), sites="2")
+
+
+def test_directions_of_another_place_are_refused_by_name(llama: Any, tmp_path: Path) -> None:
+    by_block = dict(enumerate(published.directions(3)))
+    for kind, refused in (("decoder_block", False), ("input_layernorm", True)):
+        torch.save({"layer_activations": by_block, "layer_type": kind}, tmp_path / "v.pt")
+        told = {"name": "p", "base_model": str(llama.folder), "sites": "2"}
+        if not refused:
+            assert import_plane([tmp_path / "v.pt"], **told)
+            continue
+        with pytest.raises(PlaneError, match="layer_type=input_layernorm: must be decoder_block"):
+            import_plane([tmp_path / "v.pt"], **told)
+
+
+def test_numpy_arrays_in_an_archive_are_read(llama: Any, tmp_path: Path) -> None:
+    by_block = {i: d.numpy() for i, d in enumerate(published.directions(3))}
+    torch.save(by_block, tmp_path / "v.pt")
+    plane = import_plane([tmp_path / "v.pt"], name="p", base_model=str(llama.folder), sites="2")
+    wanted = effect(llama, Site(2, "attn_in"), torch.from_numpy(by_block[1])[None].double())[0]
+    assert cosine(plane.bases[Site(2, "attn_in")][0], wanted) >= 1 - 1e-6
+
+
+def test_one_direction_is_read_at_its_own_layer(llama: Any, tmp_path: Path) -> None:
+    (direction,) = published.directions(1)
+    torch.save({"vector": direction, "layer": 1}, tmp_path / "v.pt")
+    published.gguf(tmp_path / "v.gguf", {1: direction})
+    torch.save(direction[None], tmp_path / "vec_layer_1_x.pt")
+    for name in ("v.pt", "v.gguf", "vec_layer_1_x.pt"):
+        plane = import_plane([tmp_path / name], name="p", base_model=str(llama.folder))
+        assert named(plane.sites) == "2.attn_in, 2.mlp_in"
+
+
+def test_layers_beyond_the_model_are_refused(llama: Any, tmp_path: Path) -> None:
+    published.gguf(tmp_path / "v.gguf", dict(enumerate(published.directions(9), 1)))
+    with pytest.raises(PlaneError, match="layer=4: must be at most 3, of a model of 4 layers"):
+        import_plane([tmp_path / "v.gguf"], name="p", base_model=str(llama.folder), sites="2")
+
+
+@pytest.mark.parametrize(
+    ("hook", "rule"),
+    [
+        ("blocks.1.hook_resid_mid", "is not the residual stream between blocks"),
+        ("blocks.1.ln1.hook_normalized", "is not the residual stream between blocks"),
+        ("unheard of", "must be blocks.<layer>.<hook>"),
+        (None, "names the hook, and is missing"),
+    ],
+)
+def test_a_hook_that_is_no_blocks_end_must_be_explained(
+    hook: str | None, rule: str, llama: Any, tmp_path: Path
+) -> None:
+    published.sae(tmp_path, hook or "")
+    if hook is None:
+        (tmp_path / "cfg.json").unlink()
+    told = {"name": "p", "base_model": str(llama.folder), "rows": (1,), "sites": "1.mlp_in"}
+    with pytest.raises(PlaneError, match=rule):
+        import_plane([tmp_path], **told)
+    if hook != "unheard of":
+        more = {"space": "residual", "index": "hidden-states"}
+        assert named(import_plane([tmp_path], **told, **more).sites) == "1.mlp_in"
+
+
+def test_an_option_that_says_nothing_of_a_source_is_refused(llama: Any, tmp_path: Path) -> None:
+    for number, (layout, useless) in enumerate(
+        {
+            "Angular Steering": {"space": "residual"},
+            "Selective Steering": {"rows": (1,)},
+            "repeng": {"experiment": "x"},
+            "CAA": {"residual_rms": 3.0},
+            "of a norm's output": {"index": "block-output"},
+            "EasySteer, raw": {"rows": (1,)},
+            "assistant axis, capping": {"rows": (1,)},
+        }.items()
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = PUBLISHED[layout](folder)
+        told = {"base_model": str(llama.folder), **source.told, **useless}
+        (field,) = useless
+        field = "row" if field == "rows" else field
+        with pytest.raises(PlaneError, match=f"{field}="):
+            import_plane(source.sources, name="p", **told)
+
+
+def test_caps_that_no_site_can_hold_are_named(llama: Any, tmp_path: Path) -> None:
+    file, _ = published.capping(tmp_path / "capping_config.pt")
+    loaded = torch.load(file, weights_only=True)
+    name = list(loaded["vectors"])[LAYERS - 1]
+    loaded["experiments"][0]["interventions"].append({"vector": name, "cap": -1.0})
+    torch.save(loaded, file)
+    told: dict[str, Any] = {"experiment": "layers_1:3-p0.25", "residual_rms": 2.0}
+    told |= {"name": "p", "base_model": str(llama.folder)}
+    with pytest.raises(PlaneError, match=r"no site reads block 3's output: name the sites to cap"):
+        import_plane([file], **told)
+    assert named(import_plane([file], **told, sites="2").sites) == "2.attn_in, 2.mlp_in"
+    torch.save(published.directions(LAYERS), tmp_path / "v.pt")
+    with pytest.raises(PlaneError, match=r"name capping_config\.pt alone"):
+        import_plane([file, tmp_path / "v.pt"], **told, sites="2")
+
+
+@pytest.mark.parametrize("told_by", ["base_model", "model_type"])
+def test_roles_are_the_models_own(told_by: str, models: dict[str, Any], tmp_path: Path) -> None:
+    """Angular Steering names the norms that feed sublayers: of Gemma-2, these two of four."""
+    pair = {
+        f"{axis}_direction": v.numpy()
+        for axis, v in zip(("first", "second"), published.directions(2), strict=True)
+    }
+    norms = ("input_layernorm", "pre_feedforward_layernorm")
+    modules = {f"model.layers.{i}.{norm}": pair for i in range(LAYERS) for norm in norms}
+    file = published.angular(tmp_path / "steering_config.npy", modules)
+    told: dict[str, Any] = {"base_model": str(models["gemma2"].folder)}
+    if told_by == "model_type":
+        told = {"base_model": "org/g", "model_type": "gemma2", "num_layers": LAYERS}
+    plane = import_plane([file], name="p", sites="1", **told)
+    assert named(plane.sites) == "1.attn_in, 1.mlp_in"
+    assert plane.config.default_mode == "rotate_to"
+    only = published.angular(
+        tmp_path / "only.npy", {"model.layers.1.post_attention_layernorm": pair}
+    )
+    plane = import_plane([only], name="p", sites="all", **told)
+    assert named(plane.sites) == "1.attn_out"
+    other = published.angular(tmp_path / "other.npy", {"model.layers.1.ln_1": pair})
+    with pytest.raises(PlaneError, match=r"is no norm of gemma2, which has input_layernorm, post"):
+        import_plane([other], name="p", sites="all", **told)

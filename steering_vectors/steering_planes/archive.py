@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import struct
 import tokenize
 import warnings
@@ -46,18 +47,31 @@ _UNREADABLE = (
     MemoryError,
 )
 
+# What an array is pickled as, beside what torch itself admits.
+_ARRAYS: list[Any] = [
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Float16DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
+
 _POINTER = b"version https://git-lfs"
 
 
 def torch_archive(file: Path) -> Any:
     """What torch.save wrote: tensors in plain containers."""
-    with _reading(file, "a torch archive of tensors and plain containers"):
+    what = "a torch archive of tensors, arrays and plain containers"
+    with reading(file, what), torch.serialization.safe_globals(_ARRAYS):
         return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def numpy_file(file: Path) -> Any:
     """An array, or what was pickled into a .npy: arrays in plain containers."""
-    with _reading(file, "an array, or a pickle of arrays and plain containers"):
+    with reading(file, "an array, or a pickle of arrays and plain containers"):
         content = io.BytesIO(file.read_bytes())
         major, _ = np.lib.format.read_magic(content)  # type: ignore[no-untyped-call]
         read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
@@ -70,7 +84,7 @@ def numpy_file(file: Path) -> Any:
 
 def json_file(file: Path) -> Any:
     """Any JSON value."""
-    with _reading(file, "JSON"):
+    with reading(file, "JSON"):
         return json.loads(file.read_bytes().decode("utf-8-sig"))
 
 
@@ -90,20 +104,20 @@ class Safetensors:
     shapes: Mapping[str, tuple[int, ...]]
 
     def tensor(self, name: str) -> Tensor:
-        with _reading(self.file, "a whole safetensors file"), _safe_open(self.file) as opened:
+        with reading(self.file, "a whole safetensors file"), _safe_open(self.file) as opened:
             found: Tensor = opened.get_tensor(name)
             return found
 
     def row(self, name: str, index: int) -> Tensor:
         """[d], of a tensor [k, d] of which no more is read; raises IndexError."""
-        with _reading(self.file, "a whole safetensors file"), _safe_open(self.file) as opened:
+        with reading(self.file, "a whole safetensors file"), _safe_open(self.file) as opened:
             found: Tensor = opened.get_slice(name)[index : index + 1]
         return found[0]
 
 
 def safetensors_file(file: Path) -> Safetensors:
     """A safetensors file, of which the header is read."""
-    with _reading(file, "a whole safetensors file"), _safe_open(file) as opened:
+    with reading(file, "a whole safetensors file"), _safe_open(file) as opened:
         names = list(opened.keys())
         return Safetensors(file, {n: tuple(opened.get_slice(n).get_shape()) for n in names})
 
@@ -125,7 +139,7 @@ def gguf_file(file: Path) -> Gguf:
     """A GGUF file; float tensors as float64."""
     from gguf import GGUFReader, GGUFValueType
 
-    with _reading(file, "a GGUF file"):
+    with reading(file, "a GGUF file"):
         reader = GGUFReader(file)
         fields = {
             name: str(field.contents())
@@ -146,7 +160,7 @@ def rows(file: Path, field: str, value: Any) -> Tensor:
     Raises PlaneError unless these are finite numbers, and no row is all zeros.
     """
     if isinstance(value, np.ndarray | list):
-        with _reading(file, "numbers", field):
+        with reading(file, "numbers", field):
             array = np.asarray(value)
             if array.dtype.kind != "f" and not (
                 isinstance(value, list) and array.dtype.kind == "i"
@@ -166,7 +180,7 @@ def rows(file: Path, field: str, value: Any) -> Tensor:
 
 
 @contextmanager
-def _reading(file: Path, what: str, field: str = "file") -> Iterator[None]:
+def reading(file: Path, what: str, field: str = "file") -> Iterator[None]:
     """Turns whatever a reader raises into one line."""
     _refuse_pointer(file)
     try:
@@ -189,7 +203,7 @@ def _refuse_pointer(file: Path) -> None:
     try:
         with file.open("rb") as opened:
             head = opened.read(len(_POINTER))
-    except OSError:
+    except (OSError, ValueError):
         return  # the reader says it
     if head == _POINTER:
         rule = "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
@@ -197,9 +211,12 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def _said(error: BaseException) -> str:
-    said = str(error).strip().partition("\n")[0]
-    # torch's own advice is to load the file unsafely.
-    return said.partition(" (1) In PyTorch")[0][:200] or type(error).__name__
+    # What torch says first is how to load the file unsafely.
+    if match := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it asks for {match[1]}"
+    if "Weights only load failed" in str(error):
+        return "it holds more than that"
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 class _ArraysOnly(pickle._Unpickler):
