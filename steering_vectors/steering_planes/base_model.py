@@ -99,18 +99,22 @@ class BaseModel:
             PlaneError: no checkpoint in safetensors, or one without these norms.
         """
         keys = self._keys()
-        found: dict[Site, dict[str, Tensor]] = {}
+        wanted: dict[Path, list[tuple[str, Site, str, torch.Size]]] = {}
         for site, (name, norm) in self._norms.items():
             for parameter, meta in norm.named_parameters(recurse=False):
                 key = _ending(keys, f"{name}.{parameter}")
                 if key is None:
                     rule = f"has no {name}.{parameter}: is this the model's checkpoint?"
                     raise PlaneError(self.folder, "weights", str(site), rule)
-                tensor = self._tensor(keys[key], key)
-                if tensor.shape != meta.shape:
-                    rule = f"must be {list(meta.shape)}, as its config says"
-                    raise PlaneError(keys[key], f"{key}.shape", list(tensor.shape), rule)
-                found.setdefault(site, {})[parameter] = tensor
+                wanted.setdefault(keys[key], []).append((key, site, parameter, meta.shape))
+        found: dict[Site, dict[str, Tensor]] = {}
+        for file, tensors in wanted.items():
+            with reading(file, "a whole safetensors file"), _opened(file) as opened:
+                for key, site, parameter, shape in tensors:
+                    # A copy: the tensor would keep the whole file mapped.
+                    tensor = opened.get_tensor(key).clone()
+                    _check_tensor(file, key, tensor, shape)
+                    found.setdefault(site, {})[parameter] = tensor
         return found
 
     def through(self, site: Site, directions: Tensor) -> Tensor:
@@ -175,12 +179,13 @@ class BaseModel:
                 keys |= dict.fromkeys(opened.keys(), file)
         return keys
 
-    def _tensor(self, file: Path, key: str) -> Tensor:
-        with reading(file, "a whole safetensors file", key), _opened(file) as opened:
-            tensor: Tensor = opened.get_tensor(key)
-            if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
-                raise TypeError("must be finite numbers")
-        return tensor
+
+def _check_tensor(file: Path, key: str, tensor: Tensor, shape: torch.Size) -> None:
+    if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+        raise PlaneError(file, key, tensor.dtype, "must be finite numbers")
+    if tensor.shape != shape:
+        rule = f"must be {list(shape)}, as the config says"
+        raise PlaneError(file, f"{key}.shape", list(tensor.shape), rule)
 
 
 @contextmanager
