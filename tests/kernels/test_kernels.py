@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from cases import BITS, DEVICE, EPS, OPERATIONS, ROTATIONS, Case, error, row
 from steering_kernels import (
@@ -29,6 +30,9 @@ from steering_planes import orthonormalise
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel leaves unwritten is not a number."""
+    # torch remembers what makes tensors when a device's context is first entered. Remembering ours,
+    # it would never again put a model on "meta".
+    _device_constructors()
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
