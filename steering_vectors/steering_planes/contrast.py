@@ -214,6 +214,8 @@ def read_contrast(
         if isinstance(value, dict) and isinstance(value.get("positive"), dict):
             return _of_our_form(Path(location), ContrastSet.of(Path(location), value))
         if isinstance(value, dict) and (found := _lists(Path(location), value, column)):
+            if positive_label is not None:
+                raise ContrastError(f"{location}: has an array of each class, and no labels")
             return _checked(found, location, location)
     table = read_table(location)
     sides = _sides(table, column, positive_label)

@@ -148,6 +148,8 @@ def test_an_array_of_each_class(tmp_path: Path) -> None:
     found = read_contrast(tmp_path / "a.json")
     assert said(found) == ([user(p) for p in POSITIVE], [user(n) for n in NEGATIVE[:3]])
     assert not found.paired
+    with pytest.raises(ContrastError, match="has an array of each class, and no labels"):
+        read_contrast(tmp_path / "a.json", positive_label="x")
 
 
 def test_a_conversation_in_a_table_of_texts(tmp_path: Path) -> None:
