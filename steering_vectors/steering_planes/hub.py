@@ -96,14 +96,12 @@ def fetch(location: str | Path) -> Path:
     if not str(location).startswith(SCHEME):
         return Path(location)
     address = Address.parse(str(location))
-    if not address.path:
-        patterns = [f"*{suffix}" for suffix in SUFFIXES]
-    elif Path(address.path).suffix:
-        # What lies beside a file says what is in it.
+    if address.path:
+        # A file or a folder: a name does not tell. What lies beside a file says what is in it.
         beside = [str(Path(address.path).with_name(name)) for name in COMPANIONS]
-        patterns = [address.path, *beside]
+        patterns = [address.path, f"{address.path}/*", *beside]
     else:
-        patterns = [f"{address.path}/*"]
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
     found = address.download(patterns)
     if not found.exists():
         rule = f"is not in {address.repository}, or not in the Hub's cache"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from contrasts import answer, user
-from steering_planes.contrast import Conversation, Example
+from steering_planes.examples import Conversation, Example
 from steering_planes.tables import ContrastError
 from steering_server.calibrate.chat import Chat
 

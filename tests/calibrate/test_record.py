@@ -14,7 +14,8 @@ import engines
 import tiny
 from contrasts import answer, user
 from steering_planes import Site
-from steering_planes.contrast import Contrast, Conversation, Example
+from steering_planes.contrast import Contrast
+from steering_planes.examples import Conversation, Example
 from steering_planes.fingerprint import numbers
 from steering_planes.tables import ContrastError
 from steering_server.calibrate.chat import Chat

@@ -10,18 +10,9 @@ import pytest
 
 import contrasts
 from contrasts import ANSWERS, FORMS, answer, user
-from steering_planes.contrast import (
-    Contrast,
-    ContrastSet,
-    load_prompts,
-    read_classes,
-    read_contrast,
-)
+from steering_planes.contrast import Contrast, read_classes, read_contrast
+from steering_planes.examples import load_prompts
 from steering_planes.tables import ContrastError
-
-SETS = Path(__file__).parents[2] / "steering_vectors" / "contrast_sets"
-PROMPTS = ["Hello", "How are you?"]
-SYSTEMS = {"positive": {"system": "Be kind."}, "negative": {"system": "Be rude."}}
 
 # Quotes, commas, a line's end, letters outside ASCII: what a form may have to escape.
 POSITIVE = ['Say "yes", please', "Wie geht’s, Ümit?", "one;two\u2028three", "a\\b\x85c"]
@@ -30,64 +21,6 @@ NEGATIVE = ["Say 'no'", "never\tmind", "{not: json}", "four"]
 
 def said(contrast: Contrast) -> tuple[list[Any], list[Any]]:
     return [e.conversation for e in contrast.positive], [e.conversation for e in contrast.negative]
-
-
-# Our own form.
-
-
-def load(tmp_path: Path, content: object) -> ContrastSet:
-    file = tmp_path / "set.json"
-    file.write_text(json.dumps(content))
-    return ContrastSet.load(file)
-
-
-def test_the_same_prompts_under_two_system_prompts(tmp_path: Path) -> None:
-    positive, negative = load(tmp_path, SYSTEMS | {"prompts": PROMPTS}).conversations()
-    assert positive[1] == [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "How are you?"},
-    ]
-    assert [c[0]["content"] for c in negative] == ["Be rude."] * 2
-    assert [c[1] for c in positive] == [c[1] for c in negative]
-
-
-def test_two_lists_of_prompts(tmp_path: Path) -> None:
-    lists = {"positive": {"prompts": PROMPTS}, "negative": {"prompts": ["a", "b", "c"]}}
-    positive, negative = load(tmp_path, lists).conversations()
-    assert positive[0] == user("Hello")
-    assert len(negative) == 3
-
-
-@pytest.mark.parametrize(
-    ("content", "rule"),
-    [
-        ([], "contrast set"),
-        (SYSTEMS, "prompts are given once"),
-        (SYSTEMS | {"prompts": ["one"]}, "prompts: .*at least 2"),
-        (SYSTEMS | {"prompts": ["one", ""]}, "prompts.1: .*at least 1 character"),
-        (SYSTEMS | {"prompts": ["one", 2]}, "prompts.1: .*valid string"),
-        (SYSTEMS | {"prompts": PROMPTS, "promts": []}, "promts: Extra inputs"),
-        (SYSTEMS | {"prompts": PROMPTS, "negative": {}}, "either both sides have a system prompt"),
-        (SYSTEMS | {"prompts": PROMPTS, "negative": SYSTEMS["positive"]}, "two different"),
-        ({"positive": {"prompts": PROMPTS}, "negative": {}}, "prompts are given once"),
-        (
-            {
-                "positive": {"prompts": PROMPTS},
-                "negative": {"prompts": PROMPTS},
-                "prompts": PROMPTS,
-            },
-            "prompts are given once",
-        ),
-    ],
-)
-def test_another_form_is_refused(tmp_path: Path, content: object, rule: str) -> None:
-    with pytest.raises(ContrastError, match=rule) as caught:
-        load(tmp_path, content)
-    assert "set.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-# Everyone's.
 
 
 @pytest.fixture(autouse=True)
@@ -387,11 +320,3 @@ def test_a_file_of_a_data_set_may_be_named(tmp_path: Path) -> None:
     contrasts.on_the_hub(tmp_path, POSITIVE, NEGATIVE)
     file = "hf://datasets/org/harmful/data/test-00000-of-00001.parquet"
     assert load_prompts(file) == ["another"] * 3
-
-
-def test_the_held_out_prompts_are_held_out() -> None:
-    contrast = ContrastSet.load(SETS / "sentiment.json")
-    held_out = load_prompts(SETS / "sentiment_heldout.jsonl")
-    assert len(set(contrast.prompts or ())) == len(contrast.prompts or ()) >= 80
-    assert len(set(held_out)) == len(held_out) == 30
-    assert not set(held_out) & set(contrast.prompts or ())

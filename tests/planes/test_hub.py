@@ -79,6 +79,40 @@ def test_any_file_may_be_fetched(plane: Plane, tmp_path: Path) -> None:
         fetch("hf://org/mood/none.pt")
 
 
+@pytest.mark.parametrize(
+    ("location", "wanted"),
+    [
+        ("hf://org/mood/Llama-3.1-8B", {"Llama-3.1-8B/plane.pt", "Llama-3.1-8B/config.json"}),
+        (
+            "hf://org/mood/Llama-3.1-8B/plane.pt",
+            {"Llama-3.1-8B/plane.pt", "Llama-3.1-8B/config.json"},
+        ),
+        ("hf://org/mood/v.gguf", {"v.gguf"}),
+        ("hf://org/mood/v.bin", {"v.bin"}),
+        ("hf://org/mood", {"v.gguf", "Llama-3.1-8B/plane.pt", "Llama-3.1-8B/config.json"}),
+    ],
+)
+def test_what_is_downloaded(
+    location: str, wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repository that holds models' weights too."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    holds = ["Llama-3.1-8B/plane.pt", "Llama-3.1-8B/config.json", "v.gguf", "v.bin", "other/a.txt"]
+
+    def download(repository: str, *, allow_patterns: list[str], **_: object) -> str:
+        for name in filter_repo_objects(holds, allow_patterns=allow_patterns):
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch(location).exists()
+    assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()} == wanted
+
+
 def test_a_folder_stays_a_folder(tmp_path: Path) -> None:
     path = random_plane(tmp_path / "mood", ["3.mlp_in"])
     assert open_plane(path).digest == open_plane(str(path)).digest == Plane.load(path).digest

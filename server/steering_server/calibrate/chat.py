@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steering_planes.contrast import Conversation, Example
+from steering_planes.examples import Conversation, Example
 from steering_planes.tables import ContrastError
 
 PLAIN = "none"

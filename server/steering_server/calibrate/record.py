@@ -13,7 +13,8 @@ from torch import Tensor
 
 from steering_planes import Selection, Site
 from steering_planes.calibration import Activations, CalibrationError
-from steering_planes.contrast import Contrast, Example
+from steering_planes.contrast import Contrast
+from steering_planes.examples import Example
 from steering_planes.fingerprint import Fingerprint
 from steering_planes.tables import ContrastError
 from steering_server.calibrate.chat import Chat, Tokens

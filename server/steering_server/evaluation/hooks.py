@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering_planes.contrast import Conversation
+from steering_planes.examples import Conversation
 from steering_planes.sites import Site
 from steering_server.calibrate.chat import Chat
 

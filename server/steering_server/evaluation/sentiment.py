@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from steering_planes.artifact import Plane
-from steering_planes.contrast import load_prompts
+from steering_planes.examples import load_prompts
 
 
 def mean_compound(texts: Sequence[str]) -> float:

@@ -17,6 +17,7 @@ from steering_planes.archive import (
     optional_json,
     rows,
     safetensors_file,
+    torch_archive,
 )
 from steering_planes.artifact import PlaneError
 from steering_planes.formats.source import Directions, Facts, Index, Space
@@ -102,8 +103,6 @@ def read_torch(file: Path, loaded: Any, asked: Asked) -> Directions:
 
 def read_caa(folder: Path, files: list[Path], asked: Asked) -> Directions:
     """CAA's folder: `vec_layer_<L>_<model>.pt`, the output of block L, a file each."""
-    from steering_planes.archive import torch_archive
-
     by_index: dict[int, Tensor] = {}
     for file in files:
         match = _CAA.fullmatch(file.name)
@@ -215,7 +214,10 @@ def _stack(file: Path, directions: Tensor, facts: Facts, asked: Asked) -> Direct
     if index is None:
         n = asked.num_layers
         if n is None or k not in (n, n + 1):
-            rule = f"the model has {n} layers: rows must be {n} (block-output) or one more (hidden-states), or --row names one"  # noqa: E501
+            rule = (
+                f"the model has {n} layers: rows must be {n} (block-output) or one more "
+                "(hidden-states), or --row names one"
+            )
             raise PlaneError(file, "shape", list(directions.shape), rule)
         index = "block-output" if k == n else "hidden-states"
     return _directions({i: directions[i : i + 1] for i in range(k)}, facts, asked, index=index)

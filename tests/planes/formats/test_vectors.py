@@ -13,7 +13,8 @@ from torch import Tensor
 from calibration_oracle import activations
 from oracle import LLAMA_NORMS
 from published import gguf
-from steering_planes.contrast import Conversation, read_contrast
+from steering_planes.contrast import read_contrast
+from steering_planes.examples import Conversation
 from steering_planes.formats import import_plane
 
 CONTRAST = Path(__file__).parents[3] / "steering_vectors/contrast_sets/sentiment.json"
