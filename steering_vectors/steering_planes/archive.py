@@ -59,6 +59,8 @@ _ARRAYS: list[Any] = [
     np.dtypes.Int64DType,
 ]
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 _POINTER = b"version https://git-lfs"
 
 
@@ -157,7 +159,7 @@ def gguf_file(file: Path) -> Gguf:
 def rows(file: Path, field: str, value: Any) -> Tensor:
     """One direction [d], or several [k, d], as [k, d] float64.
 
-    Raises PlaneError unless these are finite numbers, and no row is all zeros.
+    Raises PlaneError unless these are numbers that float32 has room for; a row may be all zeros.
     """
     if isinstance(value, np.ndarray | list):
         with reading(file, "numbers", field):
@@ -176,6 +178,10 @@ def rows(file: Path, field: str, value: Any) -> Tensor:
     found: Tensor = value.detach().double().reshape(-1, value.shape[-1])
     if not bool(found.isfinite().all()):
         raise PlaneError(file, field, float(found[~found.isfinite()][0]), "must be finite")
+    for size in found.abs().amax(1).tolist():
+        # Their squares are summed later: in float64 that goes well of what float32 holds.
+        if size and not _FLOAT32.tiny <= size <= _FLOAT32.max:
+            raise PlaneError(file, field, size, "must be within the range of float32")
     return found
 
 

@@ -16,7 +16,7 @@ import pytest
 import contrasts
 import published
 import tiny
-from mutations import mutated
+from mutations import alter, mutated
 from steering_planes import Plane, PlaneError, orthonormality_error
 from steering_planes.formats import import_plane
 from steering_planes.tables import ContrastError
@@ -44,10 +44,11 @@ def _no_code_runs() -> Iterator[None]:
 
 
 def spoil(source: Path, copy: Path, rng: random.Random) -> None:
-    """A copy of a folder with one of its files broken."""
+    """A copy of a folder with one of its files broken: its bytes, or one value in it."""
     shutil.copytree(source, copy)
     file = rng.choice(sorted(f for f in copy.rglob("*") if f.is_file() and not f.is_symlink()))
-    file.write_bytes(mutated(file.read_bytes(), rng))
+    if rng.random() < 0.5 or not alter(file, rng):
+        file.write_bytes(mutated(file.read_bytes(), rng))
 
 
 def timed(attempt: Any, refusal: type[Exception]) -> Any:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steering_planes.archive import rows
+from torch import Tensor
+
 from steering_planes.artifact import PlaneError
 from steering_planes.formats.source import Directions, Facts
-from steering_planes.formats.vectors import Asked
+from steering_planes.formats.vectors import Asked, check_alike, one_direction
 
 
 def is_capping(loaded: Any) -> bool:
@@ -36,7 +37,7 @@ def read_capping(file: Path, loaded: Mapping[str, Any], asked: Asked) -> Directi
     interventions = by_id[name].get("interventions")
     if not isinstance(interventions, list) or not interventions:
         raise PlaneError(file, f"{name}.interventions", None, "must be a list of {vector, cap}")
-    by_index: dict[int | None, Any] = {}
+    by_index: dict[int, Tensor] = {}
     caps: dict[int, float] = {}
     for i, intervention in enumerate(interventions):
         place = f"{name}.interventions.{i}"
@@ -44,7 +45,10 @@ def read_capping(file: Path, loaded: Mapping[str, Any], asked: Asked) -> Directi
         if layer in by_index:
             rule = f"a second cap at layer {layer}: a plane holds one"
             raise PlaneError(file, place, intervention.get("vector"), rule)
-        by_index[layer], caps[layer] = rows(file, f"{place}.vector", vector), cap
+        by_index[layer], caps[layer] = one_direction(file, f"{place}.vector", vector), cap
+        if not bool(by_index[layer].any()):
+            raise PlaneError(file, f"{place}.vector", 0.0, "must not be zero")
+    check_alike(file, by_index)
     facts = Facts(
         file=file,
         method=f"imported activation capping: {name}",
@@ -54,7 +58,8 @@ def read_capping(file: Path, loaded: Mapping[str, Any], asked: Asked) -> Directi
         default_strength=1.0,
     )
     index, space = asked.index or "block-output", asked.space or "residual"
-    return Directions(facts, by_index, index, space, caps, steers_all=True)
+    keyed: dict[int | None, Tensor] = dict(by_index.items())
+    return Directions(facts, keyed, index, space, caps, steers_all=True)
 
 
 def _intervention(

@@ -81,8 +81,9 @@ def _selection(
     if targets is not None and not isinstance(targets, list | tuple):
         raise PlaneError(file, "target_layers", type(targets).__name__, "must be a list")
     projections = list(_section(file, plane, "projections"))
-    modules = list(dict.fromkeys((*mask, *(targets or ()), *projections)))
-    check_modules(file, modules)
+    named = [*mask, *(targets or ()), *projections]
+    check_modules(file, named)
+    modules = list(dict.fromkeys(named))
     if any(value is True for value in mask.values()):
         return modules, tuple(name for name, on in mask.items() if on is True), ""
     if not mask and mode in _ABSOLUTE:

@@ -58,7 +58,7 @@ def read_gguf(file: Path, asked: Asked) -> Directions:
     by_index = {}
     for name, tensor in found.tensors.items():
         if match := re.fullmatch(r"direction\.(0|[1-9]\d{0,4})", name, re.ASCII):
-            by_index[int(match[1])] = _one(file, name, tensor.reshape(-1))
+            by_index[int(match[1])] = one_direction(file, name, tensor.reshape(-1))
     if not by_index:
         rule = "must be direction.<layer> tensors of floats"
         raise PlaneError(file, "tensors", sorted(found.tensors), rule)
@@ -88,8 +88,8 @@ def read_torch(file: Path, loaded: Any, asked: Asked) -> Directions:
         by_index = _numbered(file, "", found)
         return _by_layer(by_index, facts, asked, index="block-output")
     if isinstance(loaded, list | tuple) and loaded:
-        each = [_one(file, f"[{i}]", value) for i, value in enumerate(loaded)]
-        _check_alike(file, dict(enumerate(each)))
+        each = [one_direction(file, f"[{i}]", value) for i, value in enumerate(loaded)]
+        check_alike(file, dict(enumerate(each)))
         loaded = torch.cat(each)
     directions = rows(file, "tensor", loaded)
     if len(directions) > 1:
@@ -111,7 +111,7 @@ def read_caa(folder: Path, files: list[Path], asked: Asked) -> Directions:
         if (layer := int(match[1])) in by_index:
             rule = f"a second vector of layer {layer}: name one file, or a folder of one model's"
             raise PlaneError(folder, "file", file.name, rule)
-        by_index[layer] = _one(file, "tensor", torch_archive(file))
+        by_index[layer] = one_direction(file, "tensor", torch_archive(file))
     facts = Facts(file=folder, method="imported steering vectors (CAA)", data=folder.name)
     return _by_layer(by_index, facts, asked, index="block-output")
 
@@ -160,7 +160,9 @@ def read_sae(file: Path, asked: Asked) -> Directions:
         rule = f"an SAE holds {shape[0]} directions: name one, or two as the axes, with --row"
         raise PlaneError(file, "row", None, rule)
     _check_rows(file, asked.rows, shape[0])
-    directions = torch.cat([_one(file, f"W_dec.{r}", found.row("W_dec", r)) for r in asked.rows])
+    directions = torch.cat(
+        [one_direction(file, f"W_dec.{r}", found.row("W_dec", r)) for r in asked.rows]
+    )
     config = optional_json(file.parent / "cfg.json")
     if not config and (asked.space is None or asked.index is None):
         rule = "names the hook, and is missing: say with --space and --index where directions live"
@@ -227,7 +229,7 @@ def _by_layer(
     by_index: Mapping[int, Tensor], facts: Facts, asked: Asked, *, index: Index
 ) -> Directions:
     """[k, d] a layer; of more than two the rows that are asked for."""
-    _check_alike(facts.file, by_index)
+    check_alike(facts.file, by_index)
     keyed: dict[int | None, Tensor] = dict(by_index.items())
     found = _directions(keyed, facts, asked, index=index)
     if not asked.rows and found.rows > 2:
@@ -267,7 +269,8 @@ def _check_rows(file: Path, asked: tuple[int, ...], k: int) -> None:
             raise PlaneError(file, "row", row, f"must be 0 to {k - 1}")
 
 
-def _check_alike(file: Path, by_index: Mapping[int, Tensor]) -> None:
+def check_alike(file: Path, by_index: Mapping[int, Tensor]) -> None:
+    """Raise PlaneError unless there are directions, of one shape in all layers."""
     if not by_index:
         raise PlaneError(file, "directions", None, "there are none")
     shape = next(iter(by_index.values())).shape
@@ -277,7 +280,8 @@ def _check_alike(file: Path, by_index: Mapping[int, Tensor]) -> None:
             raise PlaneError(file, f"layer {layer}", list(directions.shape), rule)
 
 
-def _one(file: Path, field: str, value: Any) -> Tensor:
+def one_direction(file: Path, field: str, value: Any) -> Tensor:
+    """[1, d] float64; raises PlaneError for anything else."""
     found = rows(file, field, value)
     if len(found) != 1:
         raise PlaneError(file, f"{field}.shape", list(found.shape), "must be [d]")

@@ -56,6 +56,8 @@ def test_a_pickled_class_is_refused_by_name(tmp_path: Path) -> None:
     ("value", "rule"),
     [
         (torch.full((8,), torch.nan), "tensor=nan: must be finite"),
+        (torch.ones(8).double() * 1e300, "tensor=1e\\+300: must be within the range of float32"),
+        (torch.ones(8).double() * 1e-160, "tensor=1e-160: must be within the range of float32"),
         (torch.zeros(2, 3, 4), r"tensor\.shape=\[2, 3, 4\]: must be \[d\] or \[k, d\]"),
         (torch.ones(8, dtype=torch.int64), r"tensor\.dtype=torch\.int64: must be a floating dtype"),
         (torch.eye(8).to_sparse(), "must be a tensor of numbers"),

@@ -514,6 +514,23 @@ def test_caps_that_no_site_can_hold_are_named(llama: Any, tmp_path: Path) -> Non
         import_plane([file, tmp_path / "v.pt"], **told, sites="2")
 
 
+def test_a_cap_is_along_one_direction_of_the_models_width(tmp_path: Path) -> None:
+    file, stack = published.capping(tmp_path / "capping_config.pt")
+    loaded = torch.load(file, weights_only=True)
+    entry = loaded["vectors"][list(loaded["vectors"])[1]]
+    told: dict[str, Any] = {"base_model": "org/m", "model_type": "llama", "num_layers": LAYERS}
+    told |= {"space": "norm", "sites": "all.attn_in", "experiment": "layers_1:3-p0.25"}
+    for wrong, rule in (
+        (stack[1][:-1], r"layer 2=\[1, 128\]: must be \[1, 127\], as in the other layers"),
+        (stack[:2], r"interventions\.0\.vector\.shape=\[2, 128\]: must be \[d\]"),
+        (stack[1] * 0, r"interventions\.0\.vector=0\.0: must not be zero"),
+    ):
+        entry["vector"] = wrong
+        torch.save(loaded, file)
+        with pytest.raises(PlaneError, match=rule):
+            import_plane([file], name="p", **told)
+
+
 @pytest.mark.parametrize("told_by", ["base_model", "model_type"])
 def test_roles_are_the_models_own(told_by: str, models: dict[str, Any], tmp_path: Path) -> None:
     """Angular Steering names the norms that feed sublayers: of Gemma-2, these two of four."""

@@ -82,6 +82,15 @@ def test_selective_without_a_mask_selects_nothing(tmp_path: Path, on: bool | Non
     assert plane.sites == (Site(2, "mlp_in"),)
 
 
+def test_a_target_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    folder = selective(tmp_path / "a")
+    plane = torch.load(folder / "plane.pt", weights_only=True)
+    plane["extra_info"]["target_layers"] = [["x"]]
+    torch.save(plane, folder / "plane.pt")
+    with pytest.raises(PlaneError, match=r"module=\['x'\]: must end in layers\.<number>\.<norm>"):
+        import_plane([folder], name="refusal", **TOLD)
+
+
 def test_a_norms_role_goes_by_all_the_names(tmp_path: Path) -> None:
     """`post_attention_layernorm` is another role in Gemma-2."""
     folder = selective(tmp_path / "a", mask=first_layer)
