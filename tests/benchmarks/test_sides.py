@@ -79,7 +79,9 @@ def test_a_server_that_does_not_end_is_killed(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_what_ends_a_benchmark_ends_its_servers(number: signal.Signals, tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys, time; from pathlib import Path; import sides\n"
+        "import signal, subprocess, sys, time; from pathlib import Path; import sides\n"
+        # Whoever runs the tests under nohup has it ignored, and children inherit that.
+        f"signal.signal({number.value}, signal.SIG_DFL)\n"
         "sides.end_with_this_process()\n"
         "side = sides.Side([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "with sides.started(side, 1, Path(), subprocess.DEVNULL) as process:\n"
