@@ -46,6 +46,10 @@ SHARED = {
 }
 
 
+# Each takes several gigabytes beside the servers that are up by then: one after the other.
+LARGE = dict.fromkeys(("test_bundled_plane.py", "test_features.py"), "large")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
@@ -55,7 +59,8 @@ def pytest_collection_modifyitems(
         used = set(getattr(item, "fixturenames", ()))
         if (spec := getattr(item, "callspec", None)) is not None:
             used |= {value for value in spec.params.values() if isinstance(value, str)}
-        group = next((SHARED[name] for name in SHARED if name in used), item.path.name)
+        group = next((SHARED[name] for name in SHARED if name in used), None)
+        group = group or LARGE.get(item.path.name, item.path.name)
         item.add_marker(pytest.mark.xdist_group(group))
     yield
     if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in items):
