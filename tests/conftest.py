@@ -46,10 +46,6 @@ SHARED = {
 }
 
 
-# Each takes several gigabytes beside the servers that are up by then: one after the other.
-LARGE = dict.fromkeys(("test_bundled_plane.py", "test_features.py"), "large")
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
@@ -59,12 +55,30 @@ def pytest_collection_modifyitems(
         used = set(getattr(item, "fixturenames", ()))
         if (spec := getattr(item, "callspec", None)) is not None:
             used |= {value for value in spec.params.values() if isinstance(value, str)}
-        group = next((SHARED[name] for name in SHARED if name in used), None)
-        group = group or LARGE.get(item.path.name, item.path.name)
+        group = next((SHARED[name] for name in SHARED if name in used), item.path.name)
         item.add_marker(pytest.mark.xdist_group(group))
     yield
     if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in items):
         raise pytest.UsageError("xdist ignores the groups: each process would start every engine")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a group shares ends with the group: all of it together takes all memory (23 GiB).
+
+    Without xdist groups are not run one by one, and what they share stays to the end.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ or _group(item) == _group(nextitem):
+        return
+    for name in SHARED:
+        # As pytest itself ends a fixture of a session whose parameter changes.
+        for definition in item.session._fixturemanager._arg2fixturedefs.get(name, ()):
+            definition.finish(item._request)
+
+
+def _group(item: pytest.Item | None) -> str | None:
+    mark = None if item is None else item.get_closest_marker("xdist_group")
+    return None if mark is None else mark.args[0]
 
 
 @pytest.fixture(scope="session", autouse=True)

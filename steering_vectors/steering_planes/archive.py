@@ -179,7 +179,7 @@ def rows(file: Path, field: str, value: Any) -> Tensor:
     if not bool(found.isfinite().all()):
         raise PlaneError(file, field, float(found[~found.isfinite()][0]), "must be finite")
     for size in found.abs().amax(1).tolist():
-        # Their squares are summed later: in float64 that goes well of what float32 holds.
+        # Norms are taken in float64 later: the squares of more, or of less, are no numbers there.
         if size and not _FLOAT32.tiny <= size <= _FLOAT32.max:
             raise PlaneError(file, field, size, "must be within the range of float32")
     return found

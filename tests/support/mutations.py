@@ -102,8 +102,8 @@ def alter(file: Path, rng: random.Random) -> bool:
                 lines[at] = json.dumps(altered(json.loads(lines[at]), rng))
                 file.write_text("\n".join(lines))
         case ".npy":
-            loaded = np.load(file, allow_pickle=True)
-            np.save(file, altered(loaded.item(), rng), allow_pickle=True)  # type: ignore[arg-type]
+            spoiled = altered(np.load(file, allow_pickle=True).item(), rng)
+            np.save(file, np.array(spoiled, dtype=object), allow_pickle=True)
         case ".safetensors":
             found = altered(load_file(file), rng)
             kept = found.items() if isinstance(found, dict) else ()
