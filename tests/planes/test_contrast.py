@@ -1,4 +1,4 @@
-"""steering_planes.contrast: every form of contrast data, and the sets in the repository."""
+"""steering_planes.contrast: every form of contrast data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import contrasts
 from contrasts import ANSWERS, FORMS, answer, user
 from steering_planes.contrast import Contrast, read_classes, read_contrast
-from steering_planes.examples import load_prompts
 from steering_planes.tables import ContrastError
 
 # Quotes, commas, a line's end, letters outside ASCII: what a form may have to escape.
@@ -52,18 +51,6 @@ def test_two_answers_to_a_question(form: str, tmp_path: Path) -> None:
     assert all(e.has_answer for e in (*found.positive, *found.negative))
 
 
-def test_a_transcript_is_a_conversation(tmp_path: Path) -> None:
-    """HH-RLHF."""
-    head = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
-    rows = [{"chosen": f"{head} So.", "rejected": f"{head} No\n\nidea."}] * 2
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    found = read_contrast(tmp_path / "a.json")
-    assert found.negative[0].conversation == [
-        *answer("Hi", "Hello."),
-        *answer("Why?", "No\n\nidea."),
-    ]
-
-
 def test_what_is_asked_is_the_same_column_in_every_row(tmp_path: Path) -> None:
     rows = [{"system": "Be kind", "input": "Why?", "chosen": "a", "rejected": "b"}] * 2
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -85,29 +72,11 @@ def test_an_array_of_each_class(tmp_path: Path) -> None:
         read_contrast(tmp_path / "a.json", positive_label="x")
 
 
-def test_a_conversation_in_a_table_of_texts(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text((json.dumps({"messages": json.dumps(user("Hi"))}) + "\n") * 2)
-    assert load_prompts(file) == ["Hi", "Hi"]
-    file.write_text((json.dumps({"messages": "[{'role': 'user'}]"}) + "\n") * 2)
-    with pytest.raises(ContrastError, match=":1: messages: must be a list of messages"):
-        load_prompts(file)
-
-
 def test_answers_on_one_side_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": answer("a", "b")}) + "\n") * 2)
     (tmp_path / "b.txt").write_text("one\ntwo\n")
     with pytest.raises(ContrastError, match="one class ends with answers, the other with prompts"):
         read_classes(tmp_path / "a.jsonl", tmp_path / "b.txt")
-
-
-def test_a_quote_that_does_not_close_swallows_no_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text('text\tn\n"twas night\t1\nthree\t0\nfour\t1\n"five"\t1\n')
-    assert load_prompts(tmp_path / "a.tsv") == ['"twas night', "three", "four", '"five"']
-    for text in ('prompt\none\n"two\nthree\n', 'prompt\n"one" he said\nb\n'):
-        (tmp_path / "a.csv").write_text(text)
-        with pytest.raises(ContrastError, match=r"a\.csv:\d: must be CSV"):
-            load_prompts(tmp_path / "a.csv")
 
 
 def test_labels_as_pandas_writes_them(tmp_path: Path) -> None:
@@ -126,22 +95,6 @@ def test_an_option_is_never_passed_over(tmp_path: Path) -> None:
         read_contrast(tmp_path / "a.json", column="no")
     with pytest.raises(ContrastError, match="which is the positive class, 0 or 1"):
         read_contrast(tmp_path / "a.json", positive_label="zzz")
-
-
-def test_roles_of_others_are_ours(tmp_path: Path) -> None:
-    messages = [
-        {"role": "developer", "content": "Be brief."},
-        {"from": "human", "value": "Hi"},
-        {"role": "assistant", "content": [{"type": "text", "text": "Hello."}, {"text": "You?"}]},
-    ]
-    file = tmp_path / "a.jsonl"
-    file.write_text((json.dumps({"messages": messages}) + "\n") * 2)
-    contrast = read_classes(file, file)
-    assert contrast.positive[0].conversation == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello.\nYou?"},
-    ]
 
 
 def test_a_system_column_goes_before_a_pair(tmp_path: Path) -> None:
@@ -251,72 +204,3 @@ def test_a_label_may_be_said_to_be_the_positive_one(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows))
     found = read_contrast(tmp_path / "a.json", positive_label="Y")
     assert said(found) == ([user("y0"), user("y1")], [user("x0"), user("x1")])
-
-
-@pytest.mark.parametrize(
-    ("location", "rule"),
-    [
-        ("hf://datasets/org/harmful", "name a split, or one file: there are data/test-00000-of-0"),
-        ("hf://datasets/org/harmful:dev", "no file is of the split 'dev': there are data/test"),
-        ("hf://datasets/org/partial:train", "2 of 4 files are there"),
-        ("hf://datasets/org/none:train", "can't be had"),
-        ("hf://datasets/org", "must be hf://organisation/repository or hf://datasets/"),
-        ("hf://datasets/org/harmful@v9:train", "can't be had"),
-    ],
-)
-def test_what_the_hub_does_not_have_is_one_line(location: str, rule: str, tmp_path: Path) -> None:
-    contrasts.on_the_hub(tmp_path, POSITIVE, NEGATIVE)
-    made = contrasts.snapshot(tmp_path, "partial")
-    for shard in (0, 2):
-        contrasts.parquet(made / f"data/train-0000{shard}-of-00004.parquet", [{"text": "a"}])
-    with pytest.raises(ContrastError, match=rule) as caught:
-        read_classes(location, location)
-    assert "\n" not in str(caught.value)
-
-
-SPLITS = {
-    "data/train-00000-of-00002-0ab1.parquet data/train-00001-of-00002-9cd2.parquet": True,
-    "default/train/0000.parquet default/train/0001.parquet default/test/0000.parquet": True,
-    "harmful_behaviors.csv": True,
-    "mood-train.jsonl mood-test.jsonl requirements.txt": True,
-    "train.json": True,
-    "data/train_sft-00000-of-00001.parquet data/test_sft-00000-of-00001.parquet": False,
-    "train-v1/test.jsonl train-v1/dev.jsonl": False,
-}
-
-
-@pytest.mark.parametrize("files", SPLITS)
-def test_a_split_is_its_own_files(files: str, tmp_path: Path) -> None:
-    made = contrasts.snapshot(tmp_path, "set")
-    for name in files.split():
-        file = made / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = "of train" if "test" not in name else "of another"
-        match file.suffix:
-            case ".parquet":
-                contrasts.parquet(file, [{"text": text}])
-            case ".csv":
-                file.write_text(f"text\n{text}\n")
-            case ".json":
-                file.write_text(json.dumps({"test": ["x"], "train": [text]}))
-            case _:
-                file.write_text(json.dumps({"text": text}))
-    if SPLITS[files]:
-        assert set(load_prompts("hf://datasets/org/set:train")) == {"of train"}
-    else:
-        with pytest.raises(ContrastError, match="no file is of the split 'train'"):
-            load_prompts("hf://datasets/org/set:train")
-
-
-def test_a_split_within_a_json_file(tmp_path: Path) -> None:
-    made = contrasts.snapshot(tmp_path, "set")
-    (made / "c.json").write_text(json.dumps({"train": ["a"], "test": ["b", "c"]}))
-    assert load_prompts("hf://datasets/org/set/c.json:test") == ["b", "c"]
-    with pytest.raises(ContrastError, match="it has train, test, and no 'dev'"):
-        load_prompts("hf://datasets/org/set/c.json:dev")
-
-
-def test_a_file_of_a_data_set_may_be_named(tmp_path: Path) -> None:
-    contrasts.on_the_hub(tmp_path, POSITIVE, NEGATIVE)
-    file = "hf://datasets/org/harmful/data/test-00000-of-00001.parquet"
-    assert load_prompts(file) == ["another"] * 3
